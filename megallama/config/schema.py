@@ -1,0 +1,291 @@
+"""The typed tree of every setting of a run.
+
+A run is one frozen `RunConfig`. Each field carries its unit, default and rule in the string
+below it; `docs/configuration.md` is generated from these strings, so they are the reference.
+Plain values only. Rules that need more than one field stand in `check.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Dtype(str, Enum):
+    """Precision of parameters and activations."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Schedule(str, Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    wsd = "wsd"
+    constant = "constant"
+
+
+class Recompute(str, Enum):
+    """Which activations are recomputed in the backward pass instead of being kept."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class RopeScaling(str, Enum):
+    """How rotary frequencies are changed for a longer context."""
+
+    none = "none"
+    linear = "linear"
+    llama3 = "llama3"
+
+
+class AttentionKernel(str, Enum):
+    """Implementation of core attention."""
+
+    auto = "auto"
+    sdpa = "sdpa"
+    reference = "reference"
+
+
+class NormKernel(str, Enum):
+    """Implementation of RMSNorm."""
+
+    auto = "auto"
+    torch = "torch"
+    apex = "apex"
+    reference = "reference"
+
+
+class AdamKernel(str, Enum):
+    """Implementation of AdamW."""
+
+    auto = "auto"
+    fused = "fused"
+    apex = "apex"
+    reference = "reference"
+
+
+class WandbMode(str, Enum):
+    """How Weights & Biases is used."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the model. `model=<name>` picks one of `conf/model/`."""
+
+    name: str = MISSING
+    """Name of the shape, for logs and the run folder."""
+    num_layers: int = MISSING
+    """Number of transformer layers."""
+    hidden_size: int = MISSING
+    """Width of the residual stream."""
+    ffn_hidden_size: int = MISSING
+    """Width of the SwiGLU hidden layer (of gate and up each)."""
+    num_heads: int = MISSING
+    """Number of query heads."""
+    num_kv_heads: int | None = None
+    """Number of key/value heads (grouped-query attention). Null: as many as query heads."""
+    head_dim: int | None = None
+    """Width of one head. Null: hidden_size / num_heads."""
+    vocab_size: int = MISSING
+    """Number of token ids. Must be what the tokenizer says when `data.tokenizer` is set."""
+    vocab_multiple: int = 128
+    """The embedding is padded to a multiple of this; it is part of the shape, so it never depends on tp."""
+    max_seq_len: int = MISSING
+    """Longest context the shape is meant for, in tokens; `train.seq_len` may not exceed it."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = RopeScaling.none
+    """Change of the rotary frequencies for long contexts."""
+    rope_scaling_factor: float = 1.0
+    """Factor of `rope_scaling`: 8 for LLaMA 3.1, 32 for LLaMA 3.2."""
+    rope_original_max_seq_len: int = 8192
+    """Context the frequencies were made for, in tokens; used by `rope_scaling=llama3`."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = False
+    """Share the embedding with the output layer."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections use init_std / sqrt(2 x num_layers)."""
+    hidden_dropout: float = 0.0
+    """Dropout probability after attention and MLP. LLaMA uses none."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the parallel axes. dp is never set: it is world_size / (tp x pp x cp)."""
+
+    tp: int = 1
+    """Tensor-parallel size: each layer is cut over this many ranks. Keep it inside a node."""
+    pp: int = 1
+    """Pipeline-parallel size: number of stages."""
+    cp: int = 1
+    """Context-parallel size: each sequence is cut over this many ranks. Only 1 is accepted so far."""
+    vp: int = 1
+    """Virtual pipeline stages a rank (interleaved schedule). Only 1 is accepted so far."""
+    sequence_parallel: bool = False
+    """Cut the activations between tensor-parallel regions along the sequence. Needs tp > 1."""
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """Sharding of optimizer state, gradients and parameters over the data-parallel ranks (DeepSpeed ZeRO)."""
+
+    stage: int = 1
+    """0: nothing is sharded. 1: optimizer state. 2: and gradients. 3: and parameters (pp = 1 only)."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats. Master weights, gradient accumulation and reduction are fp32 in every case."""
+
+    dtype: Dtype = Dtype.bf16
+    """Format of parameters and activations."""
+    initial_loss_scale: float = 65536.0
+    """First dynamic loss scale under fp16; a power of two."""
+    loss_scale_window: int = 1000
+    """Steps without overflow after which the fp16 loss scale doubles."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, sizes and place of the run."""
+
+    steps: int = MISSING
+    """Number of optimizer steps of the whole run."""
+    seed: int = 1234
+    """Seed of initial weights, data order and dropout."""
+    run_dir: str = MISSING
+    """Folder of this run: config, metrics, logs, checkpoints. An existing one is continued."""
+    seq_len: int = MISSING
+    """Tokens of one training sequence."""
+    micro_batch_size: int = 1
+    """Sequences of one forward pass on a data-parallel rank."""
+    global_batch_size: int = MISSING
+    """Sequences of one optimizer step over the whole job."""
+    recompute: Recompute = Recompute.none
+    """Activation recomputation: none, selective (core attention), full (every layer)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate. Weight decay is decoupled and spares norms and biases."""
+
+    lr: float = MISSING
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end of the schedule as a share of `lr`."""
+    schedule: Schedule = Schedule.cosine
+    """Shape after warm-up: cosine, linear, wsd (constant, then `decay_steps` of linear decay), constant."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0 to `lr`."""
+    decay_steps: int = 0
+    """Steps of the final decay of `schedule=wsd`."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One prepared dataset."""
+
+    path: str = MISSING
+    """Prefix of a `.bin`/`.idx` pair as `megallama prepare` (or Megatron) writes it."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other sources."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Training data."""
+    validation: list[SourceConfig] = field(default_factory=list)
+    """Validation data; empty: no evaluation."""
+    tokenizer: str | None = None
+    """Tokenizer file; its vocabulary is checked against model and data, and the run folder gets a copy for sampling."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving."""
+
+    interval: int = 1000
+    """Steps between checkpoints; 0: only the final one."""
+    keep: int = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation during the run."""
+
+    interval: int = 0
+    """Steps between evaluations; 0: only at the end, if there is validation data."""
+    batches: int = 8
+    """Global batches of one evaluation, always the same ones."""
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Which implementation computes what. `auto` takes the best that runs here and logs its choice;
+    an explicit name that cannot run is an error."""
+
+    attention: AttentionKernel = AttentionKernel.auto
+    """Core attention."""
+    norm: NormKernel = NormKernel.auto
+    """RMSNorm."""
+    adam: AdamKernel = AdamKernel.auto
+    """AdamW."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where numbers go. `metrics.jsonl` is always written."""
+
+    interval: int = 1
+    """Steps between console lines when the output is not a terminal."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb: WandbMode = WandbMode.auto
+    """auto: online when WANDB_API_KEY is set, else offline in the run folder. Never asks."""
+    wandb_project: str = "megallama"
+    """Weights & Biases project."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    log: LogConfig = field(default_factory=LogConfig)

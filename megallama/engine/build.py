@@ -1,0 +1,123 @@
+"""The seam between the loop and everything parallel: `train_step`, `eval_step`, and the state that a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megallama.config.schema import Dtype, RunConfig
+from megallama.engine.adam import build_adam, parameter_groups
+from megallama.engine.fragment import Fragment
+from megallama.engine.learning_rate import learning_rate
+from megallama.engine.schedule import ScheduledStage, run_schedule
+from megallama.engine.state import check_fragments, load_counters, own_fragments, prepare_state, publish_masters
+from megallama.engine.state import counters as state_counters
+from megallama.engine.step import EvalResult, MicroBatch, StepResult
+from megallama.engine.zero import ZeroEngine
+from megallama.model.build import Stage
+from megallama.topology.groups import Topology
+from megallama.topology.rng import seed_streams
+
+
+class Engine:
+    """One pipeline stage under ZeRO, driven step by step."""
+
+    def __init__(self, config: RunConfig, *, topology: Topology, stage: Stage) -> None:
+        self._config = config
+        self._topology = topology
+        self._stage = stage
+        groups = parameter_groups(stage.module.named_parameters(), weight_decay=config.optim.weight_decay)
+        adam = build_adam(groups, config.optim, kernel=config.kernels.adam.value)
+        self._zero = ZeroEngine(stage.module, adam, config=config, topology=topology)
+        if config.precision.dtype == Dtype.fp16:
+            stage.transformer.grad_scale_func = self._zero.scale
+        self._scheduled = ScheduledStage(stage, self._zero)
+        check_fragments(self._zero, stage.module)
+
+    def train_step(self, step: int, batches: Sequence[MicroBatch | None]) -> StepResult:
+        """Optimizer step number `step` (from 0) over this rank's micro-batches."""
+        topology, config = self._topology, self._config
+        seed_streams(topology, seed=config.train.seed, step=step)
+        num_tokens = self._count_tokens(batches)
+        loss_scale = self._zero.loss_scale
+        self._zero.train(True)
+        loss_sum = run_schedule(
+            self._scheduled,
+            batches,
+            topology=topology,
+            micro_batch_size=config.train.micro_batch_size,
+            seq_len=config.train.seq_len,
+            loss_factor=self._zero.shard_size / max(1, num_tokens),
+            forward_only=False,
+        )
+        lr = learning_rate(config.optim, step=step, total_steps=config.train.steps)
+        grad_norm, is_skipped = self._zero.step(lr)
+        total, tokens = self._sum_over_job(loss_sum, num_tokens)
+        return StepResult(
+            loss=total / max(1, tokens),
+            grad_norm=grad_norm,
+            lr=lr,
+            num_tokens=tokens,
+            loss_scale=loss_scale,
+            is_skipped=is_skipped,
+        )
+
+    @torch.no_grad()
+    def eval_step(self, batches: Sequence[MicroBatch | None]) -> EvalResult:
+        """Losses of one global batch without changing anything."""
+        self._zero.train(False)
+        loss_sum = run_schedule(
+            self._scheduled,
+            batches,
+            topology=self._topology,
+            micro_batch_size=self._config.train.micro_batch_size,
+            seq_len=self._config.train.seq_len,
+            loss_factor=1.0,
+            forward_only=True,
+        )
+        total, tokens = self._sum_over_job(loss_sum, self._count_tokens(batches))
+        return EvalResult(loss_sum=total, num_tokens=tokens)
+
+    @property
+    def layout(self) -> dict[str, tuple[object, ...]]:
+        """Canonical pieces of every local parameter, by name."""
+        return dict(self._stage.layout)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Master weights and moments that this rank owns, as views; create them first if no step was taken yet."""
+        prepare_state(self._zero)
+        return own_fragments(self._zero, self._stage.module)
+
+    def counters(self) -> dict[str, float | int]:
+        """Numbers beside the tensors that a resume needs (optimizer steps, loss scale)."""
+        return state_counters(self._zero)
+
+    def restore(self, counters: dict[str, float | int]) -> None:
+        """Call after the fragments were filled: sets the counters and rounds the masters into the weights."""
+        load_counters(self._zero, counters)
+        publish_masters(self._zero)
+        check_fragments(self._zero, self._stage.module)
+
+    def _count_tokens(self, batches: Sequence[MicroBatch | None]) -> int:
+        """Unmasked tokens of the global batch; 0 on stages that read none."""
+        count = sum(int(batch.loss_mask_BS.sum()) for batch in batches if batch is not None)
+        tensor = torch.tensor(count, dtype=torch.int64, device=self._topology.device)
+        dist.all_reduce(tensor, group=self._topology.dp_group)
+        return int(tensor)
+
+    def _sum_over_job(self, loss_sum: torch.Tensor, num_tokens: int) -> tuple[float, int]:
+        """Job-wide loss sum and token count, on every rank."""
+        topology = self._topology
+        dist.all_reduce(loss_sum, group=topology.dp_cp_group)
+        tokens = float(num_tokens) if topology.is_last_stage else 0.0
+        pair = torch.stack([loss_sum, loss_sum.new_tensor(tokens)])
+        dist.all_reduce(pair, group=topology.pp_group)
+        total, tokens = pair.tolist()
+        return total, int(tokens)
+
+
+def build_engine(config: RunConfig, topology: Topology, stage: Stage) -> Engine:
+    """The engine of this rank."""
+    return Engine(config, topology=topology, stage=stage)

@@ -1,0 +1,93 @@
+"""megatron-core's forward-backward schedules over one stage: 1F1B for several stages, plain for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megallama.engine.step import MicroBatch
+from megallama.model.build import Stage
+from megallama.topology.groups import Topology
+
+Forward = Callable[..., torch.Tensor]
+
+
+class ScheduledStage(torch.nn.Module):
+    """What the schedule sees of a stage: its forward goes through the ZeRO engine, all else to the stage."""
+
+    def __init__(self, stage: Stage, forward: Forward) -> None:
+        super().__init__()
+        self.config = stage.transformer
+        self.vp_stage = None
+        self.model_type = stage.module.model_type
+        # Not as a submodule: the engine owns the parameters. megatron-core looks for `.module`.
+        self.__dict__["module"] = stage.module
+        self.__dict__["_forward"] = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward through the engine."""
+        output: torch.Tensor = self.__dict__["_forward"](*args, **kwargs)
+        return output
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Take the previous stage's output."""
+        self.__dict__["module"].set_input_tensor(tensor)
+
+
+def run_schedule(
+    stage: ScheduledStage,
+    batches: Sequence[MicroBatch | None],
+    *,
+    topology: Topology,
+    micro_batch_size: int,
+    seq_len: int,
+    loss_factor: float,
+    forward_only: bool,
+) -> torch.Tensor:
+    """Forward and, unless `forward_only`, backward of all micro-batches.
+
+    Args:
+        stage: This rank's stage.
+        batches: Micro-batches of this data-parallel rank; None on stages that read no tokens.
+        topology: Place of this rank.
+        micro_batch_size: Sequences of a micro-batch.
+        seq_len: Tokens of a sequence.
+        loss_factor: The backward starts from (sum of token losses) x this.
+        forward_only: Evaluate.
+
+    Returns:
+        fp64 scalar: sum of the unmasked token losses of this rank's micro-batches; 0 before the last stage.
+    """
+
+    def forward_step(data: Iterator[MicroBatch | None], model: ScheduledStage) -> tuple[torch.Tensor, Any]:
+        batch = next(data)
+        if batch is None:
+            return model(None, None, None), None
+        tokens_BS = batch.tokens_BS.to(topology.device, non_blocking=True)
+        labels_BS = batch.labels_BS.to(topology.device, non_blocking=True)
+        output = model(tokens_BS, None, None, labels=labels_BS if topology.is_last_stage else None)
+
+        def token_loss(loss_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            mask_BS = batch.loss_mask_BS.to(loss_BS.device, non_blocking=True)
+            loss_sum = (loss_BS.float() * mask_BS).sum()
+            # megatron-core may scale what it is given in place: report a copy.
+            return loss_sum * loss_factor, mask_BS.sum().int(), loss_sum.detach().double()
+
+        return output, token_loss
+
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=stage,
+        num_microbatches=len(batches),
+        seq_length=seq_len,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    total = torch.zeros((), dtype=torch.float64, device=topology.device)
+    for report in reports:
+        total += report
+    return total

@@ -1,0 +1,52 @@
+"""What a step takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class MicroBatch(Protocol):
+    """Tokens of one forward pass; B micro-batch, S sequence."""
+
+    @property
+    def tokens_BS(self) -> torch.Tensor:
+        """Input token ids, int64."""
+
+    @property
+    def labels_BS(self) -> torch.Tensor:
+        """Token ids to predict, int64."""
+
+    @property
+    def loss_mask_BS(self) -> torch.Tensor:
+        """1 where the loss counts, fp32."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of one optimizer step, equal on every rank."""
+
+    loss: float
+    """Mean over all unmasked tokens of the global batch."""
+    grad_norm: float
+    """Global L2 norm before clipping; infinite where the step was skipped."""
+    lr: float
+    """Learning rate that was used."""
+    num_tokens: int
+    """Unmasked tokens of the global batch."""
+    loss_scale: float
+    """fp16 loss scale during the step; 1 in other precisions."""
+    is_skipped: bool
+    """Whether fp16 overflow kept the weights as they were."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Sums over evaluated batches, equal on every rank."""
+
+    loss_sum: float
+    """Sum of token losses."""
+    num_tokens: int
+    """Unmasked tokens."""

@@ -1,0 +1,241 @@
+"""DeepSpeed: ZeRO stages 0 to 3 under megatron-core's schedules. The only importer of deepspeed.
+
+Written against DeepSpeed 0.19.8. What is done here beside calling its public functions, and why:
+
+- `managed_gradient_accumulation: false` with one accumulation step: the schedule owns the micro-batches; else
+  every stage would divide the gradient once more.
+- Its state of backward hooks assumes forward, backward, forward, backward. Under 1F1B backwards follow each
+  other and gradients would silently go missing (ZeRO 2, bf16), so `Adapter` clears that state at the start of
+  each backward, and `check_backwards` counts that every backward reached its end.
+- Stage 0 of DeepSpeed cannot run a backward that starts from a pipeline gradient and accumulates bf16
+  gradients in bf16. Here stage 0 is its stage 1 over a group of this rank alone, with one all-reduce of the
+  fp32 gradients before the step.
+- On CPU it would compile a shared-memory all-reduce at first use; gloo serves instead and no compiler is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megallama.config.schema import Dtype, RunConfig
+from megallama.topology.groups import DeepSpeedGroups, Topology
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    # Its logger writes to stdout while it is imported, before it can be asked for quiet.
+    logging.disable(logging.WARNING)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    logging.disable(logging.NOTSET)
+
+REDUCE_BUCKET_ELEMENTS = 25_000_000
+"""Elements of one all-reduce of stage 0."""
+
+
+class Adapter(torch.nn.Module):
+    """The module that DeepSpeed wraps: one stage, whose output starts each backward with clean hook state.
+
+    The hook sits inside the module, so it is registered before DeepSpeed's own and runs first. It makes no
+    view of the output: megatron-core frees pipeline outputs and refuses views.
+    """
+
+    def __init__(self, stage: torch.nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+        self.num_backwards = 0
+        self._engine: list[Any] = []  # in a list, so that it is no submodule
+
+    def attach(self, engine: Any) -> None:
+        """Tell which engine wraps this module."""
+        self._engine.append(engine)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The stage's output."""
+        output: torch.Tensor = self.stage(*args, **kwargs)
+        if output.requires_grad:
+            output.register_hook(self._begin_backward)
+        return output
+
+    def _begin_backward(self, gradient: torch.Tensor) -> None:
+        engine = self._engine[0]
+        engine.optimizer.clear_backward_seen_flag()
+        # fp16: only the loss is scaled by engine.scale; a gradient from the next stage arrives scaled.
+        engine._manual_backward_expected = True
+        self.num_backwards += 1
+
+
+class ZeroEngine:
+    """DeepSpeed's engine round one pipeline stage, with the calls that the schedule and the step need."""
+
+    def __init__(
+        self, stage: torch.nn.Module, optimizer: torch.optim.Optimizer, *, config: RunConfig, topology: Topology
+    ) -> None:
+        self.stage_number = config.zero.stage
+        self._topology = topology
+        self.device = topology.device
+        self.is_first_replica = topology.dp_cp_group.rank() == 0
+        self.shard_group = topology.own_group if self.stage_number == 0 else topology.dp_cp_group
+        self.shard_size = self.shard_group.size()
+        """Ranks over which DeepSpeed averages gradients; the loss is multiplied by it."""
+        self._adapter = Adapter(stage)
+        self._start_deepspeed()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._engine, _, _, _ = deepspeed.initialize(
+                model=self._adapter,
+                optimizer=optimizer,
+                config=deepspeed_config(config, shard_size=self.shard_size),
+                mpu=DeepSpeedGroups(topology, shard_group=self.shard_group),
+                dist_init_required=False,
+            )
+        self._adapter.attach(self._engine)
+        self._num_epilogues = 0
+        self._count_epilogues()
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's ZeRO optimizer."""
+        return self._engine.optimizer
+
+    @property
+    def loss_scale(self) -> float:
+        """Current fp16 loss scale; 1 otherwise."""
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        return float(scaler.cur_scale) if scaler is not None else 1.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward of the stage through the engine."""
+        output: torch.Tensor = self._engine(*args, **kwargs)
+        return output
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the fp16 loss scale."""
+        scaled: torch.Tensor = self._engine.scale(loss)
+        return scaled
+
+    def train(self, mode: bool) -> None:
+        """Switch the stage between training and evaluation."""
+        self._engine.train(mode)
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        """Reduce, clip and update with learning rate `lr`.
+
+        Returns:
+            The global gradient norm before clipping, and whether the update was skipped (fp16 overflow).
+        """
+        self._check_backwards()
+        for group in self.optimizer.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage_number == 0:
+            self._all_reduce_gradients()
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        skipped = bool(getattr(self.optimizer, "overflow", False))
+        return (math.inf if skipped else norm), skipped
+
+    def _start_deepspeed(self) -> None:
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+        if self._topology.device.type == "cpu":
+            # By name: the attribute `deepspeed.comm.torch` is torch itself.
+            sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+            # It asks oneDNN whether fp16 is fast here; torch computes fp16 on every CPU, if slowly.
+            get_accelerator().is_fp16_supported = lambda: True
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+    def _count_epilogues(self) -> None:
+        finish = self._engine._backward_epilogue
+
+        def counted() -> None:
+            self._num_epilogues += 1
+            finish()
+
+        self._engine._backward_epilogue = counted
+
+    def _check_backwards(self) -> None:
+        begun, self._adapter.num_backwards = self._adapter.num_backwards, 0
+        ended, self._num_epilogues = self._num_epilogues, 0
+        assert begun == ended, (
+            f"DeepSpeed finished {ended} of {begun} backwards: gradients of the others would be lost"
+        )
+
+    def _all_reduce_gradients(self) -> None:
+        """Sum the local fp32 gradients over dp x cp, in place, in buckets."""
+        group = self._topology.dp_cp_group
+        if group.size() == 1:
+            return
+        optimizer = self.optimizer
+        if hasattr(optimizer, "fp32_groups_gradients_flat"):  # BF16_Optimizer accumulates in flat fp32 buffers
+            for flat in optimizer.fp32_groups_gradients_flat:
+                dist.all_reduce(flat, group=group)
+            return
+        bucket: list[torch.Tensor] = []
+        for parameters in optimizer.bit16_groups:
+            for parameter in parameters:
+                gradient = optimizer.get_param_gradient_attribute(parameter)
+                assert gradient is not None and gradient.dtype == torch.float32, "no fp32 gradient to reduce"
+                bucket.append(gradient)
+                if sum(tensor.numel() for tensor in bucket) >= REDUCE_BUCKET_ELEMENTS:
+                    _all_reduce_bucket(bucket, group)
+                    bucket = []
+        _all_reduce_bucket(bucket, group)
+
+
+def stage_3_view(parameter: torch.nn.Parameter, state: str) -> torch.Tensor:
+    """This rank's partition of `fp32`, `exp_avg` or `exp_avg_sq` of a ZeRO 3 parameter."""
+    view: torch.Tensor = (
+        safe_get_local_fp32_param(parameter)
+        if state == "fp32"
+        else safe_get_local_optimizer_state(parameter, state)
+    )
+    return view
+
+
+def _all_reduce_bucket(bucket: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+    if not bucket:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    dist.all_reduce(flat, group=group)
+    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def deepspeed_config(config: RunConfig, *, shard_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: fp32 accumulation and reduction in every precision and stage.
+
+    Under bf16 either key alone leaves an error of 1e-3 in the gradient: `grad_accum_dtype` is the sum over
+    micro-batches, `communication_data_type` the sum over ranks.
+    """
+    stage = max(1, config.zero.stage)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": config.train.micro_batch_size * shard_size,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": config.optim.clip,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 10**12,
+    }
+    if config.precision.dtype == Dtype.bf16:
+        settings["bf16"] = {"enabled": True}
+    if config.precision.dtype == Dtype.fp16:
+        settings["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": int(math.log2(config.precision.initial_loss_scale)),
+            "loss_scale_window": config.precision.loss_scale_window,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        }
+    return settings

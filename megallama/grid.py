@@ -1,0 +1,122 @@
+"""Arithmetic of the rank grid: sizes to coordinates, groups, pipeline neighbours, layers, micro-batches.
+
+Plain integers, no imports: a layout can be planned and checked without a process. Ranks are laid out
+as megatron-core's default order "tp-cp-ep-dp-pp": tp varies fastest, pp slowest; `topology` asserts
+at start that megatron-core's groups equal the ones computed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AXES = ("tp", "cp", "dp", "pp")
+"""The axes of the grid, fastest varying first."""
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Place of one rank on every axis."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of the axes of one job."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+    @classmethod
+    def from_world_size(cls, world_size: int, *, tp: int, cp: int, pp: int) -> Grid:
+        """The grid of `world_size` ranks; dp is what remains.
+
+        Raises:
+            ValueError: world_size is not a multiple of tp x cp x pp.
+        """
+        model_size = tp * cp * pp
+        if world_size % model_size:
+            raise ValueError(
+                f"world_size ({world_size}) must be a multiple of tp x pp x cp ({tp} x {pp} x {cp} = {model_size}):"
+                f" start {nearest_multiples(world_size, model_size)} ranks or change parallel.tp, parallel.pp"
+            )
+        return cls(tp=tp, cp=cp, dp=world_size // model_size, pp=pp)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Place of `rank` (0 <= rank < world_size)."""
+        assert 0 <= rank < self.world_size, (rank, self)
+        place = {}
+        for axis in AXES:
+            rank, place[axis] = divmod(rank, getattr(self, axis))
+        return Coordinates(**place)
+
+    def rank_of(self, place: Coordinates) -> int:
+        """The rank at `place`; inverse of `coordinates`."""
+        rank = 0
+        for axis in reversed(AXES):
+            rank = rank * getattr(self, axis) + getattr(place, axis)
+        return rank
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """Ranks that differ only along `axes`, one list a group, ascending; `groups("dp", "cp")` is the joint axis."""
+        by_rest: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = self.coordinates(rank)
+            rest = tuple(getattr(place, axis) for axis in AXES if axis not in axes)
+            by_rest.setdefault(rest, []).append(rank)
+        return sorted(by_rest.values())
+
+    def group_of(self, rank: int, *axes: str) -> list[int]:
+        """The group of `groups(*axes)` that holds `rank`."""
+        return next(group for group in self.groups(*axes) if rank in group)
+
+    def pipeline_neighbours(self, rank: int) -> tuple[int | None, int | None]:
+        """(previous, next) rank of the pipeline; None beyond the first and last stage."""
+        place = self.coordinates(rank)
+        stages = self.group_of(rank, "pp")
+        before = stages[place.pp - 1] if place.pp > 0 else None
+        after = stages[place.pp + 1] if place.pp + 1 < self.pp else None
+        return before, after
+
+
+def split_layers(num_layers: int, pp: int) -> list[range]:
+    """Global layer numbers (from 0) of each stage; all stages hold equally many."""
+    assert num_layers % pp == 0, (num_layers, pp)
+    per_stage = num_layers // pp
+    return [range(stage * per_stage, (stage + 1) * per_stage) for stage in range(pp)]
+
+
+def num_micro_batches(global_batch_size: int, *, micro_batch_size: int, dp: int) -> int:
+    """Micro-batches of one step on each data-parallel rank.
+
+    Raises:
+        ValueError: global_batch_size is not a multiple of micro_batch_size x dp.
+    """
+    per_pass = micro_batch_size * dp
+    if global_batch_size % per_pass:
+        raise ValueError(
+            f"train.global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size x dp_size"
+            f" ({micro_batch_size} x {dp} = {per_pass}): use {nearest_multiples(global_batch_size, per_pass)}"
+        )
+    return global_batch_size // per_pass
+
+
+def padded_vocab_size(vocab_size: int, *, multiple: int) -> int:
+    """Rows of the embedding: vocab_size rounded up to `multiple`. Independent of tp, so part of the canonical shape."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def nearest_multiples(value: int, base: int) -> str:
+    """The multiples of `base` next to `value`, as words for an error message: "96 or 128"."""
+    below = value // base * base
+    return f"{below} or {below + base}" if below else f"{base}"

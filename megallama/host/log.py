@@ -1,0 +1,36 @@
+"""One log file a rank; warnings of rank 0 also on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def start_log(folder: Path, *, rank: int) -> logging.Handler:
+    """Write this package's log from INFO up, and every library's warnings, to `folder/rank-NNNNN.log`.
+
+    Returns the handler, to be closed with `stop_log`: a process that runs several jobs has a log for each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank-{rank:05d}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter(FORMAT))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    package = logging.getLogger("megallama")
+    package.setLevel(logging.INFO)
+    if rank == 0 and not any(isinstance(h, logging.StreamHandler) for h in package.handlers):
+        console = logging.StreamHandler(sys.stderr)
+        console.setLevel(logging.WARNING)
+        console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        package.addHandler(console)
+    logging.captureWarnings(True)
+    return handler
+
+
+def stop_log(handler: logging.Handler) -> None:
+    """Close what `start_log` opened."""
+    logging.getLogger().removeHandler(handler)
+    handler.close()

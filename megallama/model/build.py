@@ -1,0 +1,132 @@
+"""From a model configuration to this rank's pipeline stage: megatron-core's GPTModel with our kernels and weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megallama.config.schema import Dtype, ModelConfig, Recompute, RunConfig
+from megallama.grid import padded_vocab_size
+from megallama.kernels.attention import choose_attention
+from megallama.kernels.norm import choose_norm
+from megallama.model.initialize import initialize_parameter
+from megallama.model.layout import Piece, canonical_layout
+from megallama.model.modules import CoreAttention, RmsNorm, SwigluMlp, with_kernel
+from megallama.model.rope import inverse_frequencies
+from megallama.topology.groups import Topology
+
+log = logging.getLogger(__name__)
+
+TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What this rank holds of the model."""
+
+    module: GPTModel
+    """The layers of this stage, with embedding on the first and output layer on the last."""
+    transformer: TransformerConfig
+    """megatron-core's view of the shape; the schedule reads it."""
+    layout: dict[str, tuple[Piece, ...]]
+    """Canonical place of every parameter, by local name."""
+
+
+def build_model(config: RunConfig, topology: Topology) -> Stage:
+    """This rank's stage with canonical initial weights, on the host; the engine moves it to the device."""
+    model = config.model
+    transformer = transformer_config(config)
+    attention_name, attention = choose_attention(config.kernels.attention.value)
+    norm_name, norm = choose_norm(config.kernels.norm.value)
+    log.info("kernels: attention=%s norm=%s", attention_name, norm_name)
+    module = GPTModel(
+        transformer,
+        _layer_spec(transformer, with_kernel(CoreAttention, attention), with_kernel(RmsNorm, norm)),
+        vocab_size=padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple),
+        max_sequence_length=config.train.seq_len,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        parallel_output=True,
+    )
+    module.rotary_pos_emb.inv_freq = inverse_frequencies(model, head_dim=head_dim(model))
+    layout = canonical_layout(module)
+    for name, parameter in module.named_parameters():
+        initialize_parameter(parameter, layout[name], model=model, seed=config.train.seed)
+        # By this mark DeepSpeed and megatron-core tell a tensor-parallel part from a copy when they sum norms.
+        parameter.tensor_model_parallel = any(piece.shape != piece.global_shape for piece in layout[name])
+    return Stage(module=module, transformer=transformer, layout=layout)
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Width of one head."""
+    return model.head_dim or model.hidden_size // model.num_heads
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """megatron-core's configuration of this run; the one place where names are translated to its own."""
+    model, parallel = config.model, config.parallel
+    dtype = TORCH_DTYPE[config.precision.dtype]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads or model.num_heads,
+        kv_channels=head_dim(model),
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.precision.dtype == Dtype.bf16,
+        fp16=config.precision.dtype == Dtype.fp16,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vp if parallel.vp > 1 else None,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        **_recompute(config.train.recompute),
+        # The loss function scales by the token count of the whole step itself.
+        calculate_per_token_loss=True,
+        # Parameters are allocated on the host and filled by initialize.py.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # Fusions that need apex or Transformer Engine, or main_grad, which DeepSpeed does not keep.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        deallocate_pipeline_outputs=True,
+        cuda_graph_scope=[],
+    )
+
+
+def _recompute(kind: Recompute) -> dict[str, object]:
+    if kind == Recompute.full:
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if kind == Recompute.selective:
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return {}
+
+
+def _layer_spec(
+    transformer: TransformerConfig, attention: type[torch.nn.Module], norm: type[torch.nn.Module]
+) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    parts.self_attention.submodules.core_attention = attention
+    parts.mlp = SwigluMlp  # a class, not a spec: megatron-core's handling of specs knows its own MLPs only
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(transformer), layer_norm=norm)

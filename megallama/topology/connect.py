@@ -1,0 +1,101 @@
+"""From a configuration to process groups: rendezvous, megatron-core's groups, and the proof that they are ours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megallama.config.schema import ParallelConfig
+from megallama.grid import Grid
+from megallama.host.cpu import install_cpu_stand_ins
+from megallama.host.launch import LaunchEnvironment
+from megallama.topology.groups import Topology
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@contextmanager
+def connect(parallel: ParallelConfig, *, environment: LaunchEnvironment, job_index: int = 0) -> Iterator[Topology]:
+    """Process groups of this job; they are torn down at the end, so that a process can run several jobs.
+
+    Args:
+        parallel: Sizes of the axes.
+        environment: Rank, world size and rendezvous address, as torchrun sets them.
+        job_index: Number of the job in this process (multirun); keeps the rendezvous of two jobs apart.
+    """
+    with warnings.catch_warnings():
+        # megatron-core warns at import about each optional package that is absent; our kernels log their choice.
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
+
+        install_cpu_stand_ins()
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", environment.local_rank) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    store = dist.PrefixStore(f"megallama/{job_index}", _rendezvous(environment))
+    dist.init_process_group(
+        "nccl" if has_cuda else "gloo",
+        store=store,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=TIMEOUT,
+        device_id=device if has_cuda else None,
+    )
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vp if parallel.vp > 1 else None,
+            context_parallel_size=parallel.cp,
+        )
+        grid = Grid.from_world_size(environment.world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp)
+        yield _topology(grid, environment.rank, device)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _rendezvous(environment: LaunchEnvironment) -> dist.Store:
+    if environment.world_size == 1:
+        return dist.HashStore()  # one rank needs no address and no port
+    store, _, _ = next(dist.rendezvous("env://", environment.rank, environment.world_size, timeout=TIMEOUT))
+    return store
+
+
+def _topology(grid: Grid, rank: int, device: torch.device) -> Topology:
+    from megatron.core import parallel_state
+
+    place = grid.coordinates(rank)
+    topology = Topology(
+        grid=grid,
+        rank=rank,
+        tp_rank=place.tp,
+        cp_rank=place.cp,
+        dp_rank=place.dp,
+        pp_rank=place.pp,
+        device=device,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tp_pp_group=parallel_state.get_model_parallel_group(),
+        own_group=dist.new_group([rank], use_local_synchronization=True),
+        # Collectives on host memory (checkpoint plans, agreement on errors); a background save may use it alone.
+        host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
+    )
+    for axes, group in (
+        (("tp",), topology.tp_group),
+        (("pp",), topology.pp_group),
+        (("dp",), topology.dp_group),
+        (("dp", "cp"), topology.dp_cp_group),
+        (("tp", "pp"), topology.tp_pp_group),
+    ):
+        ours, theirs = grid.group_of(rank, *axes), dist.get_process_group_ranks(group)
+        assert ours == sorted(theirs), f"megatron-core groups {axes} as {theirs}, grid.py as {ours}"
+    return topology

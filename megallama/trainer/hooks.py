@@ -1,0 +1,111 @@
+"""What happens around a step. A hook sees the progress and the numbers of the step, never its mechanics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megallama.engine.step import EvalResult, StepResult
+from megallama.host.errors import UserError
+from megallama.trainer.state import TrainState
+
+
+@dataclass
+class StepReport:
+    """One completed step; hooks may add numbers for the sinks."""
+
+    result: StepResult
+    seconds: float
+    """Wall time of the step, data included, hooks not."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Further metrics of this step by their key."""
+
+
+class Hook:
+    """Does nothing; hooks override what they need."""
+
+    def start(self, state: TrainState) -> None:
+        """Before the first step."""
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        """After each completed step; `state` already counts it."""
+
+    def finish(self, state: TrainState) -> None:
+        """After the last step, also when a step failed."""
+
+
+class EvalEngine(Protocol):
+    """What evaluation needs of the engine."""
+
+    def eval_step(self, batches: Sequence[Any]) -> EvalResult:
+        """Losses of one global batch."""
+
+
+class EvalHook(Hook):
+    """Validation loss and perplexity every `interval` steps and after the last."""
+
+    def __init__(
+        self, engine: EvalEngine, batches: Callable[[], Sequence[Sequence[Any]]], *, interval: int, last_step: int
+    ) -> None:
+        self._engine = engine
+        self._batches = batches
+        self._interval = interval
+        self._last_step = last_step
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        """Evaluate when it is time, and add `eval/loss` and `eval/perplexity` to the step."""
+        is_due = self._interval > 0 and state.step % self._interval == 0
+        if not is_due and state.step != self._last_step:
+            return
+        results = [self._engine.eval_step(batches) for batches in self._batches()]
+        loss = sum(r.loss_sum for r in results) / max(1, sum(r.num_tokens for r in results))
+        report.numbers["eval/loss"] = loss
+        report.numbers["eval/perplexity"] = math.exp(loss) if loss < 700 else math.inf
+
+
+class GuardHook(Hook):
+    """Stops the run at a loss or gradient that is no number, before it can reach a checkpoint."""
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        """Raise when the step went wrong; a step that fp16 skipped is no fault."""
+        result = report.result
+        if result.is_skipped or (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            return
+        raise UserError(
+            f"step {state.step} diverged (loss {result.loss}, gradient norm {result.grad_norm}): the last checkpoint"
+            " is unharmed; resume from it with a lower optim.lr or a longer optim.warmup_steps"
+        )
+
+
+class CheckpointHook(Hook):
+    """Saves every `interval` steps and after the last."""
+
+    def __init__(self, save: Callable[[TrainState], None], *, interval: int, last_step: int) -> None:
+        self._save = save
+        self._interval = interval
+        self._last_step = last_step
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        """Save when it is time."""
+        if state.step == self._last_step or (self._interval > 0 and state.step % self._interval == 0):
+            self._save(state)
+
+
+class StopHook(Hook):
+    """Ends the run early after a request (a signal), with a checkpoint; all ranks agree on the step."""
+
+    def __init__(self, is_requested: Callable[[], bool], save: Callable[[TrainState], None]) -> None:
+        self._is_requested = is_requested
+        self._save = save
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        """Save and raise `StopTraining` once any rank was asked to stop."""
+        if self._is_requested():
+            self._save(state)
+            raise StopTraining
+
+
+class StopTraining(Exception):
+    """The run ends here as asked; it can be resumed."""

