@@ -16,7 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "deepspeed", "megallama.train", "megallama.trainer.loop"]
+PRELOAD = ["torch", "torch.distributed", "deepspeed", "megallama.train"]
 DEFAULT_TIMEOUT_S = 240.0
 
 _context = multiprocessing.get_context("forkserver")

@@ -51,7 +51,9 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.documents not in get_args(Documents):
-            raise UserError(f"documents ({self.documents!r}) is unknown: use one of {', '.join(get_args(Documents))}")
+            raise UserError(
+                f"documents ({self.documents!r}) is unknown: use one of {', '.join(get_args(Documents))}"
+            )
 
     def is_whole(self, file: CorpusFile) -> bool:
         """Whether `file` is one document."""
@@ -74,8 +76,6 @@ class Document:
     text: str
     key: str
     """What the split hashes: the relative path, and the byte offset where a file holds many documents."""
-    place: str
-    """File and line, for messages."""
 
 
 def expand_inputs(inputs: Sequence[str | Path], *, suffixes: Sequence[str] = ()) -> list[CorpusFile]:
@@ -103,7 +103,7 @@ def expand_inputs(inputs: Sequence[str | Path], *, suffixes: Sequence[str] = ())
 def cut_stretches(
     files: Sequence[CorpusFile], *, reading: Reading, stretch_bytes: int = STRETCH_BYTES
 ) -> Iterator[Stretch]:
-    """Stretches of about `stretch_bytes` that cover `files` in order; a whole-file document is one stretch."""
+    """Stretches of about `stretch_bytes` that cover `files` in order; a whole-file document is one."""
     for file in files:
         start = 0
         if not reading.is_whole(file):
@@ -139,7 +139,7 @@ def read_documents(stretch: Stretch, *, reading: Reading) -> Iterator[Document]:
             offset = stream.tell()
             text = _decode(stream.read(stretch.end - offset), file.path, offset)
             if text:
-                yield Document(text=text, key=file.relative, place=file.path)
+                yield Document(text=text, key=file.relative)
 
 
 def stream_documents(files: Sequence[CorpusFile], *, reading: Reading) -> Iterator[Document]:
@@ -176,7 +176,9 @@ def _expand(item: str, wanted: set[str]) -> list[CorpusFile]:
     else:
         raise UserError(f"input {item} does not exist: give a file, a folder or a glob that matches")
     if not found:
-        raise UserError(f"input {item} matches no file with suffix {', '.join(sorted(wanted))}: change it or the suffixes")
+        raise UserError(
+            f"input {item} matches no file with suffix {', '.join(sorted(wanted))}: change it or the suffixes"
+        )
     return sorted(found, key=lambda file: file.relative)
 
 
@@ -212,7 +214,7 @@ def _open(path: str) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise UserError(f"file {path} cannot be read ({error.strerror}): check it and its permissions") from error
+        raise UserError(f"file {path} cannot be read ({error.strerror}): check its permissions") from error
 
 
 def _to_document_start(stream: BinaryIO, *, is_jsonl: bool) -> None:
@@ -245,8 +247,7 @@ def _read_jsonl(stream: BinaryIO, stretch: Stretch, text_field: str) -> Iterator
         if line.strip():
             text = _text_of_line(line, path=path, offset=offset, text_field=text_field)
             if text:
-                place = f"{path} at byte offset {offset}"
-                yield Document(text=text, key=f"{stretch.file.relative}:{offset}", place=place)
+                yield Document(text=text, key=f"{stretch.file.relative}:{offset}")
         offset += len(line)
         if not line:
             return
@@ -303,7 +304,7 @@ def _read_parts(stream: BinaryIO, stretch: Stretch) -> Iterator[Document]:
         offset += len(line)
         if lines and (not line.strip() or offset >= stretch.end):
             text = _decode(b"".join(lines), path, begin)
-            yield Document(text=text, key=f"{stretch.file.relative}:{begin}", place=f"{path} at byte offset {begin}")
+            yield Document(text=text, key=f"{stretch.file.relative}:{begin}")
             lines = []
         if not line:
             return

@@ -83,8 +83,11 @@ class SentencePieceTokenizer(Tokenizer):
                 f"tokenizer {path} is a tiktoken list, not a sentencepiece model: use the tokenizer.json that"
                 " comes with the Hugging Face form of the same model"
             )
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._processor.LoadFromSerializedProto(content)
+            if not content:
+                raise RuntimeError("an empty file is taken for an empty model")
         except (RuntimeError, OSError) as error:
             raise UserError(
                 f"tokenizer {path} is not a readable sentencepiece model ({len(content)} bytes):"
@@ -111,7 +114,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`; the end token is taken from the files beside it, else by its usual name."""
+    """A Hugging Face `tokenizer.json`; the files beside it name the end token, else its usual name does."""
 
     def __init__(self, path: Path) -> None:
         content = _read(path)
@@ -171,7 +174,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             )
         place = held[0]
     if not place.exists():
-        raise UserError(f"tokenizer {place} does not exist: give a .model or tokenizer.json file, or their folder")
+        raise UserError(
+            f"tokenizer {place} does not exist: give a .model or tokenizer.json file, or their folder"
+        )
     if place.suffix == ".model":
         return SentencePieceTokenizer(place)
     if place.suffix == ".json":
@@ -191,7 +196,7 @@ def _no_end_token(path: Path, remedy: str) -> UserError:
 
 
 def _special_token(path: Path, key: str, vocabulary: dict[str, int], usual: Sequence[str]) -> int | None:
-    """Id of the special token `key`: as the side files say, else the first of the `usual` names that exists."""
+    """Id of the special token `key`: as the side files say, else the first of `usual` that exists."""
     for name in _SIDE_FILES:
         side = path.with_name(name)
         if not side.is_file():

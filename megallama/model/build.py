@@ -38,8 +38,14 @@ class Stage:
     """Canonical place of every parameter, by local name."""
 
 
-def build_model(config: RunConfig, topology: Topology) -> Stage:
-    """This rank's stage with canonical initial weights, on the host; the engine moves it to the device."""
+def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool = True) -> Stage:
+    """This rank's stage with canonical initial weights, on the host; the engine moves it to the device.
+
+    Args:
+        config: The run.
+        topology: Place of this rank.
+        is_initialized: False leaves the weights undefined, for a caller that fills all of them.
+    """
     model = config.model
     transformer = transformer_config(config)
     attention_name, attention = choose_attention(config.kernels.attention.value)
@@ -59,7 +65,8 @@ def build_model(config: RunConfig, topology: Topology) -> Stage:
     module.rotary_pos_emb.inv_freq = inverse_frequencies(model, head_dim=head_dim(model))
     layout = canonical_layout(module)
     for name, parameter in module.named_parameters():
-        initialize_parameter(parameter, layout[name], model=model, seed=config.train.seed)
+        if is_initialized:
+            initialize_parameter(parameter, layout[name], model=model, seed=config.train.seed)
         # By this mark DeepSpeed and megatron-core tell a tensor-parallel part from a copy when they sum norms.
         parameter.tensor_model_parallel = any(piece.shape != piece.global_shape for piece in layout[name])
     return Stage(module=module, transformer=transformer, layout=layout)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megallama.config.schema import ParallelConfig
 from megallama.grid import Grid
 from megallama.host.cpu import install_cpu_stand_ins
-from megallama.host.launch import LaunchEnvironment
+from megallama.host.launch import LaunchEnvironment, tell_libraries
 from megallama.topology.groups import Topology
 
 TIMEOUT = timedelta(minutes=30)
@@ -34,6 +34,7 @@ def connect(parallel: ParallelConfig, *, environment: LaunchEnvironment, job_ind
         from megatron.core import parallel_state
 
         install_cpu_stand_ins()
+    tell_libraries(environment)
     has_cuda = torch.cuda.is_available()
     device = torch.device("cuda", environment.local_rank) if has_cuda else torch.device("cpu")
     if has_cuda:

@@ -1,0 +1,203 @@
+"""Tokens per second of training on this machine against `transformers` with a plain AdamW loop.
+
+    python benchmarks/throughput.py [--dtype fp32 bf16] [--rounds 5] [--profile]
+
+Both train the same LLaMA (about 15M parameters, sequence length 512) on the same tokens in one process,
+alternating step blocks, so that whatever else the machine does hits both. Reported: the median of the
+per-round ratios, tokens/s of each, and the share of our step outside forward, backward and optimizer.
+`--profile` adds the operators that take the most time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megallama.config.schema import Dtype, ModelConfig, OptimConfig, PrecisionConfig, RunConfig, TrainConfig, ZeroConfig
+from megallama.engine.build import Engine, build_engine
+from megallama.host.launch import read_launch_environment
+from megallama.model.build import build_model
+from megallama.model.counts import count_parameters
+from megallama.topology.connect import connect
+
+MICRO_BATCH, MICRO_BATCHES, SEQ_LEN = 4, 2, 512
+MODEL = ModelConfig(
+    name="llama_15m",
+    num_layers=6,
+    hidden_size=288,
+    ffn_hidden_size=768,
+    num_heads=6,
+    vocab_size=16000,
+    max_seq_len=1024,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    loss_mask_BS: torch.Tensor
+
+
+def batches() -> list[Batch]:
+    """The same tokens for both."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, MODEL.vocab_size, (MICRO_BATCHES, MICRO_BATCH, SEQ_LEN + 1), generator=generator)
+    return [Batch(t[:, :-1], t[:, 1:].contiguous(), torch.ones(MICRO_BATCH, SEQ_LEN)) for t in tokens]
+
+
+def run_config(dtype: str) -> RunConfig:
+    """Ours: one rank, no sharding, no recomputation."""
+    return RunConfig(
+        model=MODEL,
+        zero=ZeroConfig(stage=1),
+        precision=PrecisionConfig(dtype=Dtype(dtype)),
+        train=TrainConfig(
+            steps=10_000,
+            run_dir="unused",
+            seq_len=SEQ_LEN,
+            micro_batch_size=MICRO_BATCH,
+            global_batch_size=MICRO_BATCH * MICRO_BATCHES,
+        ),
+        optim=OptimConfig(lr=1e-4),
+    )
+
+
+def transformers_step(dtype: str) -> Callable[[], float]:
+    """One optimizer step of the peer: LlamaForCausalLM, SDPA attention, torch's fused AdamW, clipping at 1."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=MODEL.vocab_size,
+            hidden_size=MODEL.hidden_size,
+            intermediate_size=MODEL.ffn_hidden_size,
+            num_hidden_layers=MODEL.num_layers,
+            num_attention_heads=MODEL.num_heads,
+            max_position_embeddings=MODEL.max_seq_len,
+            tie_word_embeddings=False,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+    if dtype == "bf16":
+        model = model.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    data = batches()
+
+    def step() -> float:
+        total = 0.0
+        for batch in data:
+            logits = model(input_ids=batch.tokens_BS).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels_BS.flatten())
+            (loss / len(data)).backward()
+            total += float(loss.detach()) / len(data)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return step
+
+
+def time_parts(engine: Engine, step: Callable[[], float]) -> dict[str, float]:
+    """Seconds of one step of ours: forward, backward, optimizer, and what remains."""
+    spent = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+
+    def timed(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            begun = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - begun
+
+        return call
+
+    from megatron.core.pipeline_parallel import schedules
+
+    adam = engine._zero.optimizer.optimizer
+    module = engine._stage.module
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, name in (
+            (module, "forward", "forward"),
+            (schedules, "backward_step", "backward"),
+            (adam, "step", "optimizer"),
+        ):
+            original = getattr(owner, attribute)
+            setattr(owner, attribute, timed(name, original))
+            stack.callback(setattr, owner, attribute, original)
+        begun = time.perf_counter()
+        step()
+        spent["total"] = time.perf_counter() - begun
+    return spent
+
+
+def compare(dtype: str, *, rounds: int, block: int, with_profile: bool) -> None:
+    """Alternate blocks of steps and print the table."""
+    tokens = MICRO_BATCH * MICRO_BATCHES * SEQ_LEN
+    config = run_config(dtype)
+    peer = transformers_step(dtype)
+    with connect(config.parallel, environment=read_launch_environment()) as topology:
+        engine = build_engine(config, topology, build_model(config, topology))
+        data = batches()
+        steps = iter(range(10_000))
+
+        def ours() -> float:
+            return engine.train_step(next(steps), data).loss
+
+        for _ in range(2):
+            ours(), peer()
+        ours_s, peer_s = [], []
+        for _ in range(rounds):
+            for step, seconds in ((ours, ours_s), (peer, peer_s)):
+                begun = time.perf_counter()
+                for _ in range(block):
+                    step()
+                seconds.append((time.perf_counter() - begun) / block)
+        parts = [time_parts(engine, ours) for _ in range(3)]
+        ratios = [p / o for o, p in zip(ours_s, peer_s, strict=True)]
+        outside = statistics.median(1 - (p["forward"] + p["backward"] + p["optimizer"]) / p["total"] for p in parts)
+        print(
+            f"{dtype}: megallama {tokens / statistics.median(ours_s):8.0f} tokens/s,"
+            f" transformers {tokens / statistics.median(peer_s):8.0f} tokens/s,"
+            f" ratio {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f});"
+            f" outside forward, backward, optimizer: {outside:.1%}"
+        )
+        shares = {k: statistics.median(p[k] / p["total"] for p in parts) for k in ("forward", "backward", "optimizer")}
+        print("   shares of our step: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+        if with_profile:
+            for name, step in (("megallama", ours), ("transformers", peer)):
+                with torch.profiler.profile() as profile:
+                    step()
+                print(name)
+                print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=60))
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--block", type=int, default=3, help="steps of one alternation")
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    print(
+        f"{count_parameters(MODEL, padded=True) / 1e6:.1f}M parameters, seq {SEQ_LEN},"
+        f" {MICRO_BATCHES} x {MICRO_BATCH} sequences a step, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    for dtype in arguments.dtype:
+        compare(dtype, rounds=arguments.rounds, block=arguments.block, with_profile=arguments.profile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The directory of checkpoints: names, complete-or-absent publishing, retention, recovery from crashes.
+
+A checkpoint is written under a temporary name and renamed once every byte is on the disk, so a directory
+with a final name was complete when it got it. Only rank 0 changes names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from megallama.checkpoint.disk import fsync_directory, read_file, write_file
+from megallama.checkpoint.record import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    DamagedError,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    decode_index,
+    decode_manifest,
+    encode_manifest,
+    new_digest,
+)
+from megallama.host.errors import UserError
+
+_STEP = re.compile(r"step-(\d{8,})", re.ASCII)
+_TEMPORARY = re.compile(r"\.tmp-step-\d{8,}-[0-9a-f]{8}", re.ASCII)
+_REPLACED = re.compile(r"\.old-(step-\d{8,})-[0-9a-f]{8}", re.ASCII)
+_MANIFEST_LIMIT_BYTES = 256 * 1024 * 1024
+
+
+def step_name(step: int) -> str:
+    """Name of the directory of one checkpoint."""
+    return f"step-{step:08d}"
+
+
+def find_checkpoints(directory: Path) -> list[int]:
+    """Steps of the checkpoints in `directory`, ascending; whether they are intact is not looked at."""
+    steps = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        match = _STEP.fullmatch(path.name)
+        if match and path.name == step_name(int(match[1])) and path.is_dir():
+            steps.append(int(match[1]))
+    return sorted(steps)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint at `path`.
+
+    Raises:
+        DamagedError: missing or altered.
+        UserError: `path` is no directory, or the format is newer.
+    """
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path}: give a step-... directory")
+    manifest = decode_manifest(read_file(path / MANIFEST_FILE, limit_bytes=_MANIFEST_LIMIT_BYTES))
+    match = _STEP.fullmatch(path.name)
+    if match and int(match[1]) != manifest.step:
+        raise DamagedError(f"{MANIFEST_FILE} is of step {manifest.step}, not of {path.name}")
+    return manifest
+
+
+def read_index(path: Path, manifest: Manifest) -> dict[str, TensorRecord]:
+    """The index of the checkpoint at `path`, checked against its manifest.
+
+    Raises:
+        DamagedError: missing, altered, or pointing outside of the data files.
+    """
+    record = manifest.files[INDEX_FILE]
+    raw = read_file(path / INDEX_FILE, limit_bytes=record.size_bytes)
+    digest = new_digest()
+    digest.update(raw)
+    if digest.hexdigest() != record.blake2b:
+        raise DamagedError(f"{INDEX_FILE} does not match its checksum")
+    return decode_index(raw, files=manifest.files)
+
+
+def size_problems(path: Path, manifest: Manifest) -> list[str]:
+    """Files of the checkpoint that are missing, of another kind or size. Reads no file."""
+    problems = []
+    for name, record in sorted(manifest.files.items()):
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            problems.append(f"{name} is {'not a regular file' if os.path.lexists(file) else 'missing'}")
+        elif file.stat().st_size != record.size_bytes:
+            problems.append(f"{name} has {file.stat().st_size} bytes, the manifest says {record.size_bytes}")
+    return problems
+
+
+def extra_files(path: Path, manifest: Manifest) -> list[str]:
+    """Names in the checkpoint's directory that are not part of it."""
+    return sorted({file.name for file in path.iterdir()} - manifest.files.keys() - {MANIFEST_FILE})
+
+
+def start_temporary(directory: Path, *, step: int) -> Path:
+    """A new empty directory for the checkpoint of `step`, after removing what crashed saves left."""
+    directory.mkdir(parents=True, exist_ok=True)
+    put_back_replaced(directory)
+    for path in directory.iterdir():
+        if _TEMPORARY.fullmatch(path.name) or _REPLACED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    temporary = directory / f".tmp-{step_name(step)}-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    return temporary
+
+
+def put_back_replaced(directory: Path) -> None:
+    """Undoes the first half of a replacement whose second half a crash prevented."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        match = _REPLACED.fullmatch(path.name)
+        if match and not (directory / match[1]).exists():
+            os.replace(path, directory / match[1])
+
+
+def write_manifest(temporary: Path, manifest: Manifest) -> FileRecord:
+    """Writes the manifest, the last file of a checkpoint, and waits for all names to be on the disk."""
+    record = write_file(temporary / MANIFEST_FILE, encode_manifest(manifest))
+    fsync_directory(temporary)
+    return record
+
+
+def publish(temporary: Path, *, step: int) -> Path:
+    """Gives the complete checkpoint in `temporary` its name, in place of an older one of the same step."""
+    directory = temporary.parent
+    path = directory / step_name(step)
+    replaced = None
+    if path.exists():
+        replaced = directory / f".old-{path.name}-{secrets.token_hex(4)}"
+        os.replace(path, replaced)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        put_back_replaced(directory)
+        raise
+    fsync_directory(directory)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+    return path
+
+
+def remove_old(directory: Path, *, step: int, keep: int) -> None:
+    """Keeps the checkpoint of `step` and the complete ones before it, `keep` in all; removes what is older.
+
+    Later steps (of a run that went back) and damaged ones among the kept neither count nor go. 0 keeps all.
+    """
+    if keep == 0:
+        return
+    kept = 0
+    for older in sorted((s for s in find_checkpoints(directory) if s <= step), reverse=True):
+        path = directory / step_name(older)
+        if kept < keep:
+            kept += older == step or is_complete(path)
+            continue
+        # Under a temporary name first: a half-removed checkpoint must not look like a damaged one.
+        doomed = directory / f".tmp-{path.name}-{secrets.token_hex(4)}"
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether all files of the checkpoint are there with their sizes; contents are not read."""
+    try:
+        return not size_problems(path, read_manifest(path))
+    except UserError:
+        return False

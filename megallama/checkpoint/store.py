@@ -1,0 +1,215 @@
+"""Saving and loading: the directory protocol round torch.distributed.checkpoint and our boxes."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from megallama.checkpoint.agreement import Ranks, portable
+from megallama.checkpoint.boxes import BoxedTensor
+from megallama.checkpoint.disk import free_bytes, no_space_text, reading
+from megallama.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
+from megallama.checkpoint.protocol import (
+    publish,
+    read_index,
+    read_manifest,
+    remove_old,
+    size_problems,
+    start_temporary,
+    write_manifest,
+)
+from megallama.checkpoint.record import (
+    ALIGNMENT_BYTES,
+    JSON,
+    DamagedError,
+    Manifest,
+    TensorRecord,
+    data_file,
+    plain_json,
+)
+from megallama.checkpoint.storage import BoxReader, BoxWriter, read_region
+from megallama.host.errors import UserError
+
+T = TypeVar("T")
+
+_INDEX_BYTES_PER_BOX = 128
+"""Generous estimate of a box's share of the index, for the check of free space."""
+
+
+def save_checkpoint(
+    directory: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, BoxedTensor],
+    state: Mapping[str, JSON],
+    model: Mapping[str, JSON],
+    keep: int,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Writes the checkpoint of `step` into `directory`, then removes all but the newest `keep` (0: none).
+
+    Called by every rank of `group` (default: all ranks; one process without torch.distributed). `state` and
+    `model` are taken from rank 0. On return the checkpoint is complete and on the disk; on an error, which
+    every rank gets, older checkpoints are as they were and nothing of this one is left.
+
+    Raises:
+        UserError: the disk is full, not writable or not shared by all ranks.
+        CheckpointError: `state` or `model` is not plain JSON, the boxes of all ranks do not make up whole
+            tensors, or another fault of the program.
+    """
+    ranks = Ranks(group)
+    facts = ranks.first(lambda: (plain_json(model, what="model"), plain_json(state, what="state")))
+    needed = sum(ranks.gather(_bytes_to_write(tensors)))
+    ranks.first(lambda: _check_space(directory, needed))
+    temporary = ranks.first(lambda: start_temporary(directory, step=step))
+    try:
+        ranks.everywhere(lambda: _check_shared(temporary))
+        writer = BoxWriter(temporary)
+        _translated(
+            lambda: save(dict(tensors), storage_writer=writer, planner=BoxSavePlanner(), process_group=group)
+        )
+        files = {name: record for part in ranks.gather(writer.files) for name, record in part.items()}
+        manifest = Manifest(step, *facts, files)
+        ranks.first(lambda: write_manifest(temporary, manifest))
+        path = ranks.first(lambda: publish(temporary, step=step))
+    except BaseException:
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    ranks.first(lambda: remove_old(directory, step=step, keep=keep))
+    return path
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    tensors: Mapping[str, BoxedTensor],
+    model: Mapping[str, JSON],
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, JSON]:
+    """Fills the boxes of `tensors` in place from the checkpoint at `path` and returns its state.
+
+    The layout of the saving run does not matter. Contents are not digested: `latest_checkpoint` does that.
+
+    Raises:
+        UserError: the checkpoint is of another model (with the differing keys), or cannot be read.
+        DamagedError: it is incomplete.
+    """
+    ranks = Ranks(group)
+    manifest, index = ranks.everywhere(lambda: _open(path, model, check_sizes=ranks.is_first))
+    reader = BoxReader(path, tensors=index)
+    with torch.no_grad(), _damage_at(path):
+        _translated(
+            lambda: load(dict(tensors), storage_reader=reader, planner=BoxLoadPlanner(), process_group=group)
+        )
+    return manifest.state
+
+
+def read_tensors(path: Path, *, prefix: str = "fp32/") -> Iterator[tuple[str, torch.Tensor]]:
+    """The whole canonical tensors of one kind, one at a time, as (canonical name, tensor); no process group.
+
+    Raises:
+        UserError: there is no checkpoint at `path`.
+        DamagedError: it is incomplete.
+    """
+    with _damage_at(path):
+        manifest = read_manifest(path)
+        _check_sizes(path, manifest)
+        for key, record in sorted(read_index(path, manifest).items()):
+            if key.startswith(prefix):
+                yield key.removeprefix(prefix), _read_whole(path, record)
+
+
+@contextmanager
+def _damage_at(path: Path) -> Iterator[None]:
+    """Adds the checkpoint's path and the remedy to a DamagedError."""
+    try:
+        yield
+    except DamagedError as error:
+        raise DamagedError(f"checkpoint {path} is damaged ({error}): use an older one") from error
+
+
+def _open(
+    path: Path, model: Mapping[str, JSON], *, check_sizes: bool
+) -> tuple[Manifest, dict[str, TensorRecord]]:
+    with _damage_at(path):
+        manifest = read_manifest(path)
+        if check_sizes:
+            _check_sizes(path, manifest)
+        _check_model(path, manifest.model, plain_json(model, what="model"))
+        return manifest, read_index(path, manifest)
+
+
+def _check_sizes(path: Path, manifest: Manifest) -> None:
+    problems = size_problems(path, manifest)
+    if problems:
+        raise DamagedError("; ".join(problems))
+
+
+def _check_model(path: Path, stored: Mapping[str, JSON], wanted: Mapping[str, JSON]) -> None:
+    absent = "nothing"
+    differences = [
+        f"{key}: {stored.get(key, absent)} there, {wanted.get(key, absent)} here"
+        for key in sorted(stored.keys() | wanted.keys())
+        if stored.get(key, absent) != wanted.get(key, absent)
+    ]
+    if differences:
+        raise UserError(
+            f"checkpoint {path} is of another model ({'; '.join(differences)}):"
+            " set these values as they are there, or choose another train.run_dir"
+        )
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    if free_bytes(directory) < needed:
+        raise UserError(no_space_text(directory, needed_bytes=needed, reason="disk is too full"))
+
+
+def _check_shared(temporary: Path) -> None:
+    if not temporary.is_dir():
+        raise UserError(
+            f"rank 0 made {temporary} and another rank does not see it:"
+            " train.run_dir must be on a file system that all nodes share"
+        )
+
+
+def _bytes_to_write(tensors: Mapping[str, BoxedTensor]) -> int:
+    boxes = [view for tensor in tensors.values() if tensor.is_owner for view in tensor.boxes.values()]
+    return sum(view.nbytes + ALIGNMENT_BYTES + _INDEX_BYTES_PER_BOX for view in boxes)
+
+
+def _read_whole(path: Path, record: TensorRecord) -> torch.Tensor:
+    whole = torch.empty(record.shape, dtype=record.dtype)
+    for number in sorted({box.file for box in record.boxes}):
+        with reading(path / data_file(number)) as fd:
+            for box in record.boxes:
+                if box.file == number:
+                    target = whole[tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape, strict=True))]
+                    starts = (0,) * len(box.shape)
+                    read_region(fd, box, starts=starts, target=target, name=data_file(number))
+    return whole
+
+
+def _translated(function: Callable[[], T]) -> T:
+    """Runs a call of torch.distributed.checkpoint; its failure (a BaseException) becomes an error of ours."""
+    try:
+        with warnings.catch_warnings():
+            # One process without a process group is a supported way to work, not a mistake.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            return function()
+    except CheckpointException as failure:
+        errors = [error for _, (error, _) in sorted(failure.failures.items())]
+        for error in errors:
+            if not isinstance(error, Exception):  # Ctrl-C, which torch caught
+                raise error from failure
+        raise portable(errors[0]) from failure

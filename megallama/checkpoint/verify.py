@@ -1,0 +1,102 @@
+"""Is a checkpoint what its writer left, and which is the newest that is?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megallama.checkpoint.agreement import Ranks
+from megallama.checkpoint.disk import file_problem
+from megallama.checkpoint.protocol import (
+    extra_files,
+    find_checkpoints,
+    put_back_replaced,
+    read_index,
+    read_manifest,
+    step_name,
+)
+from megallama.checkpoint.record import INDEX_FILE, DamagedError, Manifest
+from megallama.host.errors import UserError
+
+
+def verify_checkpoint(path: Path) -> list[str]:
+    """Everything that is wrong with the checkpoint at `path`, one text a problem. Reads every byte once."""
+    try:
+        problems = _problems(path, rank=0, size=1)
+        if not problems:
+            problems = [f"{name} does not belong to it" for name in extra_files(path, read_manifest(path))]
+    except UserError as error:
+        return [str(error)]
+    return problems
+
+
+def latest_checkpoint(
+    directory: Path, *, log: Callable[[str], None], group: dist.ProcessGroup | None = None
+) -> Path | None:
+    """The newest intact checkpoint in `directory`, or None if there is no checkpoint at all.
+
+    Damaged ones are skipped with one line to `log` each, on rank 0; files that do not belong to a checkpoint
+    do no harm. The ranks of `group` share the reading and get the same answer.
+
+    Raises:
+        UserError: there are checkpoints and none is intact (starting anew would hide the loss), or one may
+            not be read or is of a newer format.
+    """
+    ranks = Ranks(group)
+    steps = ranks.first(lambda: _steps(directory))
+    damaged = []
+    for step in reversed(steps):
+        path = directory / step_name(step)
+        shares = ranks.all_of(partial(_problems, path, rank=ranks.rank, size=ranks.size))
+        problems = [problem for share in shares for problem in share]
+        if not problems:
+            return path
+        damaged.append(path.name)
+        if ranks.is_first:
+            log(f"checkpoint {path} is damaged ({'; '.join(dict.fromkeys(problems))}): skipped")
+    if damaged:
+        raise UserError(
+            f"no intact checkpoint in {directory} (damaged: {', '.join(damaged)}): restore one,"
+            " or move the directory away to start from the beginning"
+        )
+    return None
+
+
+def _steps(directory: Path) -> list[int]:
+    put_back_replaced(directory)
+    return find_checkpoints(directory)
+
+
+def _problems(path: Path, *, rank: int, size: int) -> list[str]:
+    """What rank `rank` of `size` finds: rank 0 looks at the index, and all share the data files."""
+    try:
+        manifest = read_manifest(path)
+    except DamagedError as error:
+        return [str(error)]
+    problems: list[str] = []
+    if rank == 0:
+        try:
+            read_index(path, manifest)
+        except DamagedError as error:
+            problems.append(str(error))
+    for name in _share(manifest, rank=rank, size=size):
+        problem = file_problem(path / name, manifest.files[name])
+        problems += [problem] if problem else []
+    return problems
+
+
+def _share(manifest: Manifest, *, rank: int, size: int) -> list[str]:
+    """Data files that this rank reads: dealt out by size, so that the shares are about equal."""
+    load = [0] * size
+    mine = []
+    for name, record in sorted(manifest.files.items(), key=lambda item: (-item[1].size_bytes, item[0])):
+        if name == INDEX_FILE:  # read_index checks it
+            continue
+        lightest = load.index(min(load))
+        load[lightest] += record.size_bytes
+        if lightest == rank:
+            mine.append(name)
+    return mine

@@ -1,0 +1,96 @@
+"""Every rule that a run must keep, checked together before anything is started or written.
+
+One small function a rule; each yields its messages. The user sees all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from megallama.config import check_files, check_layout, check_values
+from megallama.config.check_files import ManifestFacts, Probes, TokenizerFacts
+from megallama.config.schema import RunConfig
+from megallama.host.errors import ConfigError
+
+Rule = Callable[[RunConfig], Iterator[str]]
+
+VALUE_RULES: tuple[Rule, ...] = (
+    check_values.check_ranges,
+    check_values.check_numbers_are_finite,
+    check_values.check_ratios,
+    check_values.check_loss_scale,
+    check_values.check_schedule,
+    check_values.check_rope,
+    check_values.check_seq_len,
+    check_layout.check_combinations,
+)
+
+DIVIDING_RULES: tuple[Rule, ...] = (
+    check_values.check_heads,
+    check_layout.check_heads_over_tp,
+    check_layout.check_widths_over_tp,
+    check_layout.check_layers_over_pp,
+    check_layout.check_sequence_parallel,
+)
+"""Rules that need positive sizes."""
+
+FOLDER_RULES: tuple[Rule, ...] = (check_files.check_run_dir, check_files.check_same_model)
+
+
+def check(
+    config: RunConfig,
+    *,
+    world_size: int | None,
+    check_token_file: Callable[[str], list[str]],
+    read_manifest: Callable[[str], ManifestFacts | None],
+    load_tokenizer: Callable[[str], TokenizerFacts],
+) -> list[str]:
+    """All problems of a run, each `<What> (<values>): <what to change>`; none: it can start.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks. None leaves out what depends on it and on the machine of the ranks.
+        check_token_file: Problems of the token file at a prefix.
+        read_manifest: Manifest of the token file at a prefix, if it has one.
+        load_tokenizer: The tokenizer in a file.
+    """
+    probes = Probes(
+        check_token_file=check_token_file, read_manifest=read_manifest, load_tokenizer=load_tokenizer
+    )
+    problems = list(check_values.check_sizes_are_positive(config))
+    rules = VALUE_RULES + FOLDER_RULES
+    if not problems:
+        problems += check_layout.check_world_size(config, world_size)
+        problems += check_layout.check_batch(config, world_size)
+        rules = DIVIDING_RULES + rules
+    if world_size is not None:
+        rules += (check_files.check_kernels,)
+    for rule in rules:
+        problems += rule(config)
+    problems += check_files.check_sources(config, probes)
+    problems += check_files.check_vocabulary(config, probes)
+    return problems
+
+
+def check_config(
+    config: RunConfig,
+    *,
+    world_size: int | None,
+    check_token_file: Callable[[str], list[str]],
+    read_manifest: Callable[[str], ManifestFacts | None],
+    load_tokenizer: Callable[[str], TokenizerFacts],
+) -> None:
+    """Raise once with all problems that `check` finds.
+
+    Raises:
+        ConfigError: the run cannot start as it is.
+    """
+    problems = check(
+        config,
+        world_size=world_size,
+        check_token_file=check_token_file,
+        read_manifest=read_manifest,
+        load_tokenizer=load_tokenizer,
+    )
+    if problems:
+        raise ConfigError(problems)

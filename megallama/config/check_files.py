@@ -1,0 +1,160 @@
+"""Rules on what lies on disk: data, tokenizer, run folder. What looks into files of other layers is passed in."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from megallama.config.load import load_yaml
+from megallama.config.schema import AdamKernel, NormKernel, RunConfig
+from megallama.host.errors import ConfigError, UserError
+
+
+class ManifestFacts(Protocol):
+    """What is asked of a manifest."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the tokenizer that made the data."""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Its name."""
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Checksum of its file."""
+
+
+class TokenizerFacts(Protocol):
+    """What is asked of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """Kind and size."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+
+    @property
+    def sha256(self) -> str:
+        """Checksum of its file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Probes:
+    """How to look into files that layers above this one own."""
+
+    check_token_file: Callable[[str], list[str]]
+    """Problems of the token file at a prefix."""
+    read_manifest: Callable[[str], ManifestFacts | None]
+    """Manifest of the token file at a prefix; raises UserError."""
+    load_tokenizer: Callable[[str], TokenizerFacts]
+    """The tokenizer in a file; raises UserError."""
+
+
+def check_sources(config: RunConfig, probes: Probes) -> Iterator[str]:
+    """There is something to train on, in known proportions, and it is whole."""
+    data = config.data
+    if not data.sources:
+        yield "data.sources ([]) must name what to train on: add data.sources=[path/to/prefix], made by `megallama prepare`"
+    seen = set()
+    for key, sources in (("data.sources", data.sources), ("data.validation", data.validation)):
+        for index, source in enumerate(sources):
+            if source.weight <= 0:
+                yield (
+                    f"{key}.{index}.weight ({source.weight:g} of {source.path}) must be above 0:"
+                    " leave the source out or give it a weight"
+                )
+            if source.path not in seen:
+                yield from probes.check_token_file(source.path)
+            seen.add(source.path)
+
+
+def check_vocabulary(config: RunConfig, probes: Probes) -> Iterator[str]:
+    """Model, tokenizer and data speak of the same token ids."""
+    vocab_size, path = config.model.vocab_size, config.data.tokenizer
+    tokenizer = None
+    if path:
+        try:
+            tokenizer = probes.load_tokenizer(path)
+        except UserError as error:
+            yield str(error)
+    if tokenizer and tokenizer.vocab_size != vocab_size:
+        yield (
+            f"model.vocab_size ({vocab_size}) must be the tokenizer's ({tokenizer.vocab_size} in {path}):"
+            f" set model.vocab_size={tokenizer.vocab_size} or data.tokenizer to the file that belongs to the model"
+        )
+    for source in {source.path: source for source in config.data.sources + config.data.validation}.values():
+        try:
+            manifest = probes.read_manifest(source.path)
+        except UserError:
+            continue  # check_sources tells
+        if manifest is None:
+            continue
+        if tokenizer and manifest.tokenizer_sha256 != tokenizer.sha256:
+            yield (
+                f"data {source.path} was made with another tokenizer ({manifest.tokenizer_name}) than data.tokenizer"
+                f" ({tokenizer.name} in {path}): prepare it again, or set data.tokenizer to the file it was made with"
+            )
+        elif not tokenizer and manifest.vocab_size > vocab_size:
+            yield (
+                f"model.vocab_size ({vocab_size}) is too small for data {source.path} (made with"
+                f" {manifest.tokenizer_name}, {manifest.vocab_size} ids): set model.vocab_size={manifest.vocab_size}"
+            )
+
+
+def check_run_dir(config: RunConfig) -> Iterator[str]:
+    """The run folder can be written."""
+    path = Path(config.train.run_dir)
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    which = "it" if existing == path else str(existing)
+    if not existing.is_dir():
+        yield f"train.run_dir ({path}) cannot be a folder: {which} is a file; choose another train.run_dir"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"train.run_dir ({path}) cannot be written: no permission in {which}; choose another train.run_dir"
+
+
+def check_same_model(config: RunConfig) -> Iterator[str]:
+    """Checkpoints in the run folder are of this model, since the run goes on from them."""
+    path = Path(config.train.run_dir)
+    try:
+        if not any((path / "checkpoints").iterdir()):
+            return
+        before = load_yaml(path / "config.yaml").model
+    except ConfigError as error:
+        yield str(error)
+        return
+    except OSError:
+        return  # no checkpoints to go on from
+    differences = [
+        f"model.{field.name} {getattr(before, field.name)} there, {getattr(config.model, field.name)} here"
+        for field in dataclasses.fields(before)
+        if field.name != "name" and getattr(before, field.name) != getattr(config.model, field.name)
+    ]
+    if differences:
+        yield (
+            f"train.run_dir ({path}) holds checkpoints of another model ({'; '.join(differences)}):"
+            " choose another train.run_dir or the same model"
+        )
+
+
+def check_kernels(config: RunConfig) -> Iterator[str]:
+    """Kernels that are asked for by name are installed."""
+    asked = []
+    if config.kernels.norm is NormKernel.apex:
+        asked.append("norm")
+    if config.kernels.adam is AdamKernel.apex:
+        asked.append("adam")
+    if asked and importlib.util.find_spec("apex") is None:
+        yield from (
+            f"kernels.{name} (apex) needs NVIDIA apex, which is not installed: use kernels.{name}=auto"
+            for name in asked
+        )

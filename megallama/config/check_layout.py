@@ -1,0 +1,133 @@
+"""Rules on how a model and its batch are cut over ranks. All of them divide by sizes, which must be positive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megallama.config.schema import RunConfig
+from megallama.grid import Grid, nearest_multiples, num_micro_batches, padded_vocab_size
+
+
+def check_world_size(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """The ranks form a whole grid."""
+    try:
+        _dp(config, world_size)
+    except ValueError as error:
+        yield str(error)
+
+
+def check_batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """A step's batch is a whole number of micro-batches on each rank; dp counts as 1 while it is unknown."""
+    train = config.train
+    try:
+        dp = _dp(config, world_size)
+    except ValueError:
+        dp = 1
+    try:
+        num_micro_batches(train.global_batch_size, micro_batch_size=train.micro_batch_size, dp=dp)
+    except ValueError as error:
+        yield str(error)
+
+
+def _dp(config: RunConfig, world_size: int | None) -> int:
+    parallel = config.parallel
+    if world_size is None:
+        return 1
+    return Grid.from_world_size(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp).dp
+
+
+def check_heads_over_tp(config: RunConfig) -> Iterator[str]:
+    """Tensor parallelism cuts attention by heads.
+
+    Fewer key/value heads than ranks are fine when they share the ranks evenly: megatron-core then gathers the
+    fused qkv output and lets each rank pick its heads (0.16.1, core/transformer/attention.py).
+    """
+    model, tp = config.model, config.parallel.tp
+    kv_heads = model.num_kv_heads or model.num_heads
+    if model.num_heads % tp:
+        yield (
+            f"model.num_heads ({model.num_heads}) must be a multiple of parallel.tp ({tp}):"
+            f" use parallel.tp={_divisors(model.num_heads, tp)}"
+        )
+    elif kv_heads % tp and tp % kv_heads:
+        yield (
+            f"model.num_kv_heads ({kv_heads}) must be a multiple or a divisor of parallel.tp ({tp}):"
+            f" use parallel.tp={_divisors(kv_heads, tp)}"
+        )
+    elif model.hidden_size % model.num_heads == 0 or model.head_dim:
+        width = (model.num_heads + 2 * kv_heads) * (model.head_dim or model.hidden_size // model.num_heads)
+        if width % tp:
+            yield (
+                f"the width of query, key and value together (({model.num_heads} + 2 x {kv_heads}) heads = {width})"
+                f" must be a multiple of parallel.tp ({tp}): use parallel.tp={_divisors(width, tp)}"
+            )
+
+
+def check_widths_over_tp(config: RunConfig) -> Iterator[str]:
+    """Tensor parallelism cuts the MLP by its hidden width and the embedding by rows."""
+    model, tp = config.model, config.parallel.tp
+    if model.ffn_hidden_size % tp:
+        yield (
+            f"model.ffn_hidden_size ({model.ffn_hidden_size}) must be a multiple of parallel.tp ({tp}):"
+            f" use parallel.tp={_divisors(model.ffn_hidden_size, tp)} or {nearest_multiples(model.ffn_hidden_size, tp)}"
+        )
+    rows = padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple)
+    if rows % tp:
+        yield (
+            f"the padded vocabulary ({model.vocab_size} to a multiple of model.vocab_multiple"
+            f" {model.vocab_multiple} = {rows}) must be a multiple of parallel.tp ({tp}):"
+            " make model.vocab_multiple a multiple of parallel.tp"
+        )
+
+
+def check_layers_over_pp(config: RunConfig) -> Iterator[str]:
+    """Every pipeline stage holds equally many layers."""
+    layers, pp = config.model.num_layers, config.parallel.pp
+    if layers % pp:
+        yield (
+            f"model.num_layers ({layers}) must be a multiple of parallel.pp ({pp}): use parallel.pp={_divisors(layers, pp)}"
+        )
+
+
+def check_sequence_parallel(config: RunConfig) -> Iterator[str]:
+    """Sequence parallelism cuts sequences over the tensor-parallel ranks."""
+    tp, seq_len = config.parallel.tp, config.train.seq_len
+    if not config.parallel.sequence_parallel:
+        return
+    if tp == 1:
+        yield "parallel.sequence_parallel (true) needs parallel.tp (1) above 1: set it to false or raise parallel.tp"
+    elif seq_len % tp:
+        yield (
+            f"train.seq_len ({seq_len}) must be a multiple of parallel.tp ({tp}) with parallel.sequence_parallel:"
+            f" use {nearest_multiples(seq_len, tp)}"
+        )
+
+
+def check_combinations(config: RunConfig) -> Iterator[str]:
+    """What is not supported, or not yet, with the reason."""
+    parallel, stage = config.parallel, config.zero.stage
+    if parallel.cp > 1:
+        yield f"parallel.cp ({parallel.cp}) must be 1: context parallelism is not supported yet"
+    if parallel.vp > 1:
+        yield f"parallel.vp ({parallel.vp}) must be 1: the interleaved pipeline schedule is not supported yet"
+    if not 0 <= stage <= 3:
+        yield f"zero.stage ({stage}) must be 0, 1, 2 or 3: 1 shards the optimizer state and suits most runs"
+    if stage == 3 and parallel.pp > 1:
+        yield (
+            f"zero.stage (3) needs parallel.pp ({parallel.pp}) = 1: fetching sharded parameters, DeepSpeed compares"
+            " notes over all ranks, which deadlocks when pipeline stages run different schedules;"
+            " use zero.stage=2 or parallel.pp=1"
+        )
+    if config.model.tie_embeddings and parallel.pp > 1:
+        yield (
+            f"model.tie_embeddings (true) needs parallel.pp ({parallel.pp}) = 1 so far: first and last stage would hold"
+            " a copy each, and their gradients are not summed under ZeRO yet; use parallel.pp=1 and a larger parallel.tp"
+        )
+
+
+def _divisors(value: int, near: int) -> str:
+    """The divisors of `value` on both sides of `near`, as words: "2 or 4"."""
+    divisors = [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+    below = [divisor for divisor in divisors if divisor < near]
+    above = [divisor for divisor in divisors if divisor > near]
+    return " or ".join(str(divisor) for divisor in below[-1:] + above[:1])

@@ -1,0 +1,187 @@
+"""Rules on one setting, or on settings of one section: ranges, finite numbers, schedules, model shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from megallama.config.schema import RopeScaling, RunConfig, Schedule
+
+AT_LEAST_ONE = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.head_dim",
+    "model.vocab_size",
+    "model.vocab_multiple",
+    "model.max_seq_len",
+    "model.rope_original_max_seq_len",
+    "parallel.tp",
+    "parallel.pp",
+    "parallel.cp",
+    "parallel.vp",
+    "precision.loss_scale_window",
+    "train.steps",
+    "train.seq_len",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "eval.batches",
+    "log.interval",
+)
+"""Sizes. The rules that divide by them are left out while one of them is not positive."""
+
+NOT_NEGATIVE = (
+    "train.seed",
+    "optim.warmup_steps",
+    "optim.decay_steps",
+    "optim.weight_decay",
+    "optim.clip",
+    "checkpoint.interval",
+    "checkpoint.keep",
+    "eval.interval",
+)
+
+ABOVE_ZERO = ("model.rope_theta", "model.norm_eps", "model.init_std", "optim.lr", "optim.eps")
+
+
+def setting(config: RunConfig, key: str) -> Any:
+    """The value of a dotted key."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def check_sizes_are_positive(config: RunConfig) -> Iterator[str]:
+    """Every size is at least 1."""
+    for key in AT_LEAST_ONE:
+        value = setting(config, key)
+        if value is not None and value < 1:
+            yield f"{key} ({value}) must be at least 1: give a positive integer"
+
+
+def check_ranges(config: RunConfig) -> Iterator[str]:
+    """Numbers whose sign is fixed."""
+    for key in NOT_NEGATIVE:
+        if setting(config, key) < 0:
+            yield f"{key} ({setting(config, key)}) must not be negative: give 0 or more"
+    for key in ABOVE_ZERO:
+        if setting(config, key) <= 0:
+            yield f"{key} ({setting(config, key)}) must be above 0: give a positive number"
+
+
+def check_numbers_are_finite(config: RunConfig) -> Iterator[str]:
+    """No float is NaN or infinite."""
+    for key, value in _floats(config, ""):
+        if not math.isfinite(value):
+            yield f"{key} ({value}) must be a finite number"
+
+
+def _floats(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _floats(item, f"{key}.{index}")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _floats(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
+
+
+def check_ratios(config: RunConfig) -> Iterator[str]:
+    """Shares and probabilities."""
+    optim = config.optim
+    if not 0 <= optim.min_lr_ratio <= 1:
+        yield f"optim.min_lr_ratio ({optim.min_lr_ratio}) must be in [0, 1]: it is a share of optim.lr"
+    for name, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):
+        if not 0 <= beta < 1:
+            yield f"optim.{name} ({beta}) must be in [0, 1): usual values are 0.9 for beta1 and 0.95 for beta2"
+    if not 0 <= config.model.hidden_dropout < 1:
+        yield f"model.hidden_dropout ({config.model.hidden_dropout}) must be in [0, 1): 0 switches dropout off"
+
+
+def check_loss_scale(config: RunConfig) -> Iterator[str]:
+    """Only a power of two leaves the mantissas of the gradients alone."""
+    scale = config.precision.initial_loss_scale
+    if math.isfinite(scale) and (scale < 1 or math.frexp(scale)[0] != 0.5):
+        yield f"precision.initial_loss_scale ({scale:g}) must be a power of two of at least 1: use 65536"
+
+
+def check_schedule(config: RunConfig) -> Iterator[str]:
+    """Warm-up and decay fit into the run."""
+    optim, steps = config.optim, config.train.steps
+    if steps < 1:
+        return
+    if optim.warmup_steps >= steps:
+        yield (
+            f"optim.warmup_steps ({optim.warmup_steps}) must be below train.steps ({steps}):"
+            " shorten the warm-up or train longer"
+        )
+    if optim.schedule is not Schedule.wsd:
+        return
+    if optim.decay_steps < 1:
+        yield (
+            f"optim.decay_steps ({optim.decay_steps}) must be at least 1 with optim.schedule=wsd:"
+            f" a tenth of train.steps ({max(1, steps // 10)}) is usual"
+        )
+    elif optim.warmup_steps < steps < optim.warmup_steps + optim.decay_steps:
+        yield (
+            f"optim.warmup_steps + optim.decay_steps ({optim.warmup_steps} + {optim.decay_steps}) must not exceed"
+            f" train.steps ({steps}): shorten one of them or train longer"
+        )
+
+
+def check_heads(config: RunConfig) -> Iterator[str]:
+    """Heads share key/value heads evenly, and a head's channels rotate in pairs."""
+    model = config.model
+    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.num_kv_heads}):"
+            " change one of them"
+        )
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        yield (
+            f"model.hidden_size ({model.hidden_size}) must be a multiple of model.num_heads ({model.num_heads})"
+            " while model.head_dim is null: change one of them or set model.head_dim"
+        )
+    elif (model.head_dim or model.hidden_size // model.num_heads) % 2:
+        width = model.head_dim or model.hidden_size // model.num_heads
+        source = "" if model.head_dim else " = model.hidden_size / model.num_heads"
+        yield f"model.head_dim ({width}{source}) must be even: rotary embedding turns channels in pairs"
+
+
+def check_rope(config: RunConfig) -> Iterator[str]:
+    """Kind and factor of the rotary scaling belong together."""
+    model = config.model
+    factor = model.rope_scaling_factor
+    if not math.isfinite(factor):
+        return
+    if model.rope_scaling is RopeScaling.none:
+        if factor != 1:
+            yield (
+                f"model.rope_scaling_factor ({factor:g}) has no effect with model.rope_scaling=none:"
+                " set model.rope_scaling to linear or llama3, or the factor to 1"
+            )
+        return
+    if factor < 1:
+        yield (
+            f"model.rope_scaling_factor ({factor:g}) must be at least 1 with"
+            f" model.rope_scaling={model.rope_scaling.value}: LLaMA 3.1 has 8, LLaMA 3.2 has 32"
+        )
+    if model.rope_scaling is RopeScaling.llama3 and model.rope_original_max_seq_len > model.max_seq_len:
+        yield (
+            f"model.rope_original_max_seq_len ({model.rope_original_max_seq_len}) must not exceed"
+            f" model.max_seq_len ({model.max_seq_len}) with model.rope_scaling=llama3:"
+            " it is the shorter context that the frequencies were made for"
+        )
+
+
+def check_seq_len(config: RunConfig) -> Iterator[str]:
+    """The model is meant for sequences of this length."""
+    if config.train.seq_len > config.model.max_seq_len:
+        yield (
+            f"train.seq_len ({config.train.seq_len}) must not exceed model.max_seq_len"
+            f" ({config.model.max_seq_len}): shorten the sequences or choose a model for longer ones"
+        )

@@ -1,0 +1,228 @@
+"""From `conf/` and a command line to one frozen `RunConfig`, and to and from the `config.yaml` of a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megallama.config.names import field_types, listing
+from megallama.config.overrides import parse_overrides
+from megallama.config.schema import DataConfig, RunConfig, SourceConfig
+from megallama.config.typed import Problems, build, defaults, plain
+from megallama.host.errors import ConfigError
+
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+"""The repository's configuration files."""
+
+ROOT = "config"
+"""Name of the file in `conf/` where composition begins."""
+
+# Plain values, not the dataclasses: Hydra cannot override inside frozen ones, and types are checked by `typed`.
+ConfigStore.instance().store(name="schema", node=defaults(RunConfig))
+
+
+def load_config(
+    overrides: Sequence[str],
+    *,
+    conf_dir: Path = CONF_DIR,
+    extra_conf_dir: Path | None = None,
+    working_dir: Path | None = None,
+) -> RunConfig:
+    """The run that `overrides` describe.
+
+    Args:
+        overrides: Words of a command line, e.g. ["+exp=llama2_7b", "parallel.tp=8"].
+        conf_dir: Folder with config.yaml, model/ and exp/.
+        extra_conf_dir: A user's own folder with model/ or exp/ files, searched as well.
+        working_dir: Folder that relative paths start from; default: the current one.
+
+    Raises:
+        ConfigError: unknown keys or names, wrong types, missing values; all that were found.
+    """
+    base = (working_dir or Path.cwd()).absolute()
+    with _hydra(conf_dir):
+        options = _options_with(extra_conf_dir)
+        parsed = parse_overrides(overrides, group_options=options, allow_sweep=False)
+        words = [str(override.input_line) for override in parsed.overrides]
+        values = _compose(words + _search_path(extra_conf_dir), problems=parsed.problems)
+        problems = Problems(list(parsed.problems))
+        config = build(RunConfig, values, problems=problems, origin=_origin(parsed.overrides))
+        # A name that does not exist leaves everything empty that its file would have set.
+        is_base_known = not any(problem.startswith(("model=", "exp=")) for problem in parsed.problems)
+        missing = (
+            _missing(problems.missing, models=options("model"), exps=options("exp")) if is_base_known else []
+        )
+    messages = problems.messages + missing
+    if messages or config is None:
+        raise ConfigError(messages)
+    return with_absolute_paths(config, base=base)
+
+
+def hydra_words(
+    overrides: Sequence[str], *, conf_dir: Path = CONF_DIR, extra_conf_dir: Path | None = None
+) -> list[str]:
+    """`overrides` in the form that Hydra itself understands, sweeps included.
+
+    Raises:
+        ConfigError: words that cannot be understood.
+    """
+    with _hydra(conf_dir):
+        loader = GlobalHydra.instance().config_loader()
+        options = _options_with(extra_conf_dir)
+        parsed = parse_overrides(overrides, group_options=options, allow_sweep=True, loader=loader)
+    if parsed.problems:
+        raise ConfigError(parsed.problems)
+    return [str(override.input_line) for override in parsed.overrides]
+
+
+def expand_sweep(
+    overrides: Sequence[str], *, conf_dir: Path = CONF_DIR, extra_conf_dir: Path | None = None
+) -> list[list[str]]:
+    """The command line of each job of a multirun: every combination of the values, in Hydra's order.
+
+    Raises:
+        ConfigError: a word cannot be understood or expanded.
+    """
+    words = hydra_words(overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir)
+    with _hydra(conf_dir):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        try:
+            (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(words), None)
+        except HydraException as error:
+            raise ConfigError(
+                [f"the sweep cannot be expanded ({error}): list the values, as in optim.lr=1e-4,3e-4"]
+            ) from error
+    return jobs
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML; `load_yaml` reads it back exactly."""
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def load_yaml(path: str | Path) -> RunConfig:
+    """The configuration in a file that `to_yaml` made. Settings that it lacks take their defaults.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds unknown settings or wrong values.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            [f"configuration {path} cannot be read ({reason}): restore it or use another run folder"]
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError([f"configuration {path} holds no settings: restore it or use another run folder"])
+    problems = Problems()
+    config = build(RunConfig, values, problems=problems, origin=str(path))
+    messages = problems.messages + [f"{key} is missing in {path}: add it" for key in problems.missing]
+    if messages or config is None:
+        raise ConfigError(messages)
+    return config
+
+
+def with_absolute_paths(config: RunConfig, *, base: Path) -> RunConfig:
+    """`config` with every path of the user's made absolute; relative ones start at `base`."""
+
+    def absolute(path: str) -> str:
+        return os.path.normpath(base / Path(path).expanduser()) if path else path
+
+    def sources(data: list[SourceConfig]) -> list[SourceConfig]:
+        return [dataclasses.replace(source, path=absolute(source.path)) for source in data]
+
+    tokenizer = config.data.tokenizer
+    data = DataConfig(
+        sources=sources(config.data.sources),
+        validation=sources(config.data.validation),
+        tokenizer=absolute(tokenizer) if tokenizer else tokenizer,
+    )
+    train = dataclasses.replace(config.train, run_dir=absolute(config.train.run_dir))
+    return dataclasses.replace(config, data=data, train=train)
+
+
+@contextmanager
+def _hydra(conf_dir: Path) -> Iterator[None]:
+    if not (conf_dir / f"{ROOT}.yaml").is_file():
+        raise ConfigError(
+            [f"configuration folder {conf_dir} has no {ROOT}.yaml: name the repository's conf/ folder"]
+        )
+    with initialize_config_dir(config_dir=str(conf_dir), version_base="1.3"):
+        yield
+
+
+def _compose(words: list[str], *, problems: list[str]) -> Any:
+    """Plain values of the composed tree; what Hydra cannot do is added to `problems`."""
+    try:
+        return OmegaConf.to_container(compose(ROOT, overrides=words), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        problems.append(
+            f"the configuration cannot be composed ({' '.join(str(error).split())}): correct what it names"
+        )
+        raise ConfigError(problems) from error
+
+
+def _search_path(extra_conf_dir: Path | None) -> list[str]:
+    if extra_conf_dir is None:
+        return []
+    quoted = str(extra_conf_dir.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    return [f"hydra.searchpath=['file://{quoted}']"]
+
+
+def _options_with(extra_conf_dir: Path | None) -> Callable[[str], list[str]]:
+    loader = GlobalHydra.instance().config_loader()
+
+    def options(group: str) -> list[str]:
+        own = loader.get_group_options(group, results_filter=ObjectType.CONFIG)
+        extra = [file.stem for file in (extra_conf_dir / group).glob("*.yaml")] if extra_conf_dir else []
+        return sorted({*own, *extra})
+
+    return options
+
+
+def _origin(overrides: Sequence[Override]) -> str:
+    """The files that an unknown key can come from, since those of the command line were checked before."""
+    picked = [
+        f"conf/{o.key_or_group}/{o.value()}.yaml" for o in overrides if o.key_or_group in ("model", "exp")
+    ]
+    return " or ".join(picked) or f"conf/{ROOT}.yaml"
+
+
+def _missing(keys: list[str], *, models: list[str], exps: list[str]) -> list[str]:
+    """One message for all mandatory settings that have no value."""
+    if not keys:
+        return []
+    mandatory = [f"model.{name}" for name, value in defaults(RunConfig)["model"].items() if value == "???"]
+    if set(mandatory) <= set(keys):
+        keys = ["model", *(key for key in keys if key not in mandatory)]
+    examples = []
+    if "model" in keys:
+        examples.append(f"model=<name> ({listing(models)})")
+    examples += [f"{key}=<{_placeholder(key)}>" for key in keys if key != "model"]
+    return [
+        f"{', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no value: add {' '.join(examples)},"
+        f" or start from a complete run with +exp=<name> ({listing(exps)})"
+    ]
+
+
+def _placeholder(key: str) -> str:
+    section, _, name = key.partition(".")
+    annotation = field_types(field_types(RunConfig)[section]).get(name)
+    return {int: "integer", float: "number"}.get(annotation, "text")

@@ -1,0 +1,170 @@
+"""Training of a sentencepiece tokenizer on a seeded sample of a corpus."""
+
+from __future__ import annotations
+
+import heapq
+import io
+import os
+import random
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import sentencepiece
+
+from megallama.data.corpus import Documents, Reading, empty_corpus, expand_inputs, stream_documents
+from megallama.data.tokenizer import SENTENCEPIECE_FILE
+from megallama.host.errors import UserError
+
+ModelType = Literal["bpe", "unigram"]
+
+_MAX_LINE_CHARS = 4096
+# Not the number of cores: unigram sums by thread, and the file must not depend on the machine.
+_NUM_THREADS = 16
+_BYTE_AND_CONTROL_PIECES = 256 + 3
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    vocab_size: int,
+    model_type: ModelType = "bpe",
+    character_coverage: float = 0.9995,
+    split_digits: bool = True,
+    normalization: str = "identity",
+    seed: int = 1234,
+    sample_bytes: int = 100 << 20,
+    suffixes: Sequence[str] = (),
+    documents: Documents = "file",
+    text_field: str = "text",
+) -> Path:
+    """Trains a tokenizer on `inputs` and writes `<output>/tokenizer.model`; returns that path.
+
+    Ids: 0 unknown, 1 begin, 2 end, then 256 bytes, then pieces. With the default `normalization`
+    what is encoded decodes to the very same text, white space included (only U+2581, sentencepiece's
+    own mark for a space, becomes a space). A corpus above `sample_bytes` is sampled by lines, each
+    line with equal chance. The same inputs and seed give the same file.
+
+    Raises:
+        UserError: inputs that `expand_inputs` or `read_documents` refuse, an empty corpus, a
+            vocabulary too large or too small for it, an output that cannot be written.
+    """
+    _check_arguments(vocab_size, model_type, character_coverage, sample_bytes)
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file: name a folder")
+    files = expand_inputs(inputs, suffixes=suffixes)
+    reading = Reading(documents=documents, text_field=text_field)
+    texts = (document.text for document in stream_documents(files, reading=reading))
+    lines = sample_lines(texts, seed=seed, sample_bytes=sample_bytes)
+    if not lines:
+        raise empty_corpus(files)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            split_digits=split_digits,
+            normalization_rule_name=normalization,
+            byte_fallback=True,
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,  # indentation is worth pieces of its own
+            max_sentence_length=_MAX_LINE_CHARS * 4 + 1,
+            num_threads=_NUM_THREADS,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise _training_failed(str(error), vocab_size) from error
+    return _write(folder, model.getvalue())
+
+
+def sample_lines(texts: Iterator[str], *, seed: int, sample_bytes: int) -> list[str]:
+    """Lines of `texts` in order, at most `sample_bytes` of UTF-8 in all, each with the same chance.
+
+    Every line draws a number and the lowest numbers that fit are kept, so memory is bounded by the
+    sample. Lines above 4096 characters, usual in Chinese text, are cut: sentencepiece drops long ones.
+    """
+    draws = random.Random(seed)
+    kept: list[tuple[float, int, str, int]] = []  # a heap with the highest draw on top
+    total = 0
+    for number, line in enumerate(_lines(texts)):
+        draw = draws.random()
+        size = len(line.encode("utf-8"))
+        heapq.heappush(kept, (-draw, number, line, size))
+        total += size
+        while total > sample_bytes and len(kept) > 1:
+            total -= heapq.heappop(kept)[3]
+    return [line for _, line in sorted((number, line) for _, number, line, _ in kept)]
+
+
+def _lines(texts: Iterator[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            # NUL ends a string inside the trainer; it is still encoded, as a byte.
+            line = line.rstrip("\r").replace("\0", " ")
+            if not line.strip():
+                continue
+            for start in range(0, len(line), _MAX_LINE_CHARS):
+                yield line[start : start + _MAX_LINE_CHARS]
+
+
+def _check_arguments(vocab_size: int, model_type: str, character_coverage: float, sample_bytes: int) -> None:
+    if vocab_size <= _BYTE_AND_CONTROL_PIECES:
+        raise UserError(
+            f"vocab_size ({vocab_size}) must be above {_BYTE_AND_CONTROL_PIECES}, bytes and control pieces:"
+            " use 1000 or more"
+        )
+    if model_type not in get_args(ModelType):
+        raise UserError(f"model_type ({model_type!r}) is unknown: use {' or '.join(get_args(ModelType))}")
+    if not 0.9 <= character_coverage <= 1:
+        raise UserError(f"character_coverage ({character_coverage}) must be in [0.9, 1]: use 0.9995")
+    if sample_bytes < 1:
+        raise UserError(f"sample_bytes ({sample_bytes}) must be at least 1: use some megabytes")
+
+
+def _training_failed(text: str, vocab_size: int) -> UserError:
+    too_large = re.search(r"Vocabulary size too high.*<= (\d+)", text)
+    if too_large:
+        return UserError(
+            f"vocab_size ({vocab_size}) is too large for this corpus, which yields {too_large[1]} pieces:"
+            f" use vocab_size={too_large[1]} or less, or give more text"
+        )
+    too_small = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", text)
+    if too_small:
+        return UserError(
+            f"vocab_size ({vocab_size}) is smaller than the {too_small[2]} characters and bytes it must hold:"
+            f" use more than {too_small[2]}, or lower character_coverage"
+        )
+    return UserError(f"sentencepiece refused the training ({text.strip()}): change what it names")
+
+
+def _write(folder: Path, model: bytes) -> Path:
+    path = folder / SENTENCEPIECE_FILE
+    temporary: str | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{SENTENCEPIECE_FILE}.", dir=folder)
+        with open(descriptor, "wb") as stream:
+            stream.write(model)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp gives the owner alone the right to read
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise UserError(
+            f"tokenizer {path} cannot be written ({error.strerror}): choose another folder"
+        ) from error
+    return path

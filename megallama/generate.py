@@ -1,0 +1,151 @@
+"""Continue a prompt with a trained model, straight from its run folder: one process, any layout it was trained in."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megallama.checkpoint.store import read_tensors
+from megallama.checkpoint.verify import latest_checkpoint
+from megallama.config.load import load_yaml
+from megallama.config.schema import ParallelConfig, RunConfig, ZeroConfig
+from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.host.errors import UserError
+from megallama.host.launch import read_launch_environment
+from megallama.model.build import Stage, build_model
+from megallama.topology.connect import connect
+from megallama.trainer.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+    seed: int = 0
+    """Seed of the draw."""
+
+    def check(self) -> None:
+        """Raise UserError for values that make no sense."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"--temperature ({self.temperature}) must be 0 or more: 0 is greedy, 1 samples as trained")
+        if self.top_k < 0:
+            raise UserError(f"--top-k ({self.top_k}) must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p ({self.top_p}) must be in (0, 1]: 1 keeps all tokens")
+
+
+@contextmanager
+def open_run(run_dir: Path) -> Iterator[tuple[RunConfig, Stage, Tokenizer]]:
+    """The whole model of a run's newest checkpoint that verifies, in this process, with its tokenizer.
+
+    Raises:
+        UserError: the folder is no run, or holds no checkpoint or tokenizer.
+    """
+    folder = RunFolder(run_dir)
+    if not folder.config_file.is_file():
+        raise UserError(f"{run_dir} is not a run folder (no config.yaml): give the train.run_dir of a run")
+    trained = load_yaml(folder.config_file)
+    tokenizer_file = folder.tokenizer_file()
+    if tokenizer_file is None:
+        raise UserError(f"{run_dir} holds no tokenizer: set data.tokenizer in the run and continue it")
+    tokenizer = load_tokenizer(tokenizer_file)
+    checkpoint = latest_checkpoint(folder.checkpoints, log=log.warning)
+    if checkpoint is None:
+        raise UserError(f"{folder.checkpoints} holds no usable checkpoint: train for at least one checkpoint.interval")
+    config = dataclasses.replace(trained, parallel=ParallelConfig(), zero=ZeroConfig(stage=0))
+    environment = read_launch_environment()
+    if environment.world_size != 1:
+        raise UserError(f"generate runs in one process (world size {environment.world_size}): start it without torchrun")
+    with connect(config.parallel, environment=environment) as topology:
+        stage = build_model(config, topology, is_initialized=False)
+        fill_stage(stage, checkpoint)
+        stage.module.to(topology.device).eval()
+        yield config, stage, tokenizer
+
+
+@torch.no_grad()
+def fill_stage(stage: Stage, checkpoint: Path) -> None:
+    """Copy canonical master weights into the stage's parameters, one tensor in memory at a time."""
+    parameters = dict(stage.module.named_parameters())
+    places = {piece.key: (name, piece) for name, pieces in stage.layout.items() for piece in pieces}
+    for key, tensor in read_tensors(checkpoint, prefix="fp32/"):
+        name, piece = places.pop(key)
+        flat = parameters[name].view(-1)
+        flat[piece.start : piece.start + tensor.numel()].copy_(tensor.reshape(-1))
+    assert not places, f"the checkpoint lacks {sorted(places)}"
+
+
+@torch.no_grad()
+def continue_tokens(
+    config: RunConfig, stage: Stage, tokens: list[int], *, eod_id: int, max_new_tokens: int, sampling: Sampling
+) -> Iterator[int]:
+    """New token ids, one by one, until the end of a document or `max_new_tokens`.
+
+    The whole window is computed anew for each token: sampling for a look at the model, not for serving.
+    """
+    generator = torch.Generator().manual_seed(sampling.seed)
+    device = next(stage.module.parameters()).device
+    tokens = list(tokens) or [eod_id]
+    for _ in range(max_new_tokens):
+        window = torch.tensor([tokens[-config.train.seq_len :]], device=device)
+        logits_BSV = stage.module(window, None, None)
+        # Rows beyond the vocabulary are padding of the embedding.
+        logits_V = logits_BSV[0, -1, : config.model.vocab_size].float().cpu()
+        token = choose_token(logits_V, sampling, generator)
+        if token == eod_id:
+            return
+        tokens.append(token)
+        yield token
+
+
+def choose_token(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id drawn from `logits_V` [vocabulary] as `sampling` says."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    ordered_V, ids_V = (logits_V / sampling.temperature).sort(descending=True, stable=True)
+    if sampling.top_k:
+        ordered_V, ids_V = ordered_V[: sampling.top_k], ids_V[: sampling.top_k]
+    probability_V = ordered_V.softmax(-1)
+    if sampling.top_p < 1:
+        # The token that crosses top_p still belongs to the set, so that it is never empty.
+        before_V = probability_V.cumsum(-1) - probability_V
+        probability_V = probability_V.where(before_V < sampling.top_p, 0)
+    return int(ids_V[torch.multinomial(probability_V, 1, generator=generator)])
+
+
+def generate(
+    run_dir: Path, prompt: str, *, max_new_tokens: int = 200, sampling: Sampling | None = None
+) -> Iterator[str]:
+    """Text that continues `prompt`, in parts as they become whole characters."""
+    sampling = sampling or Sampling()
+    sampling.check()
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens ({max_new_tokens}) must be 1 or more")
+    with open_run(run_dir) as (config, stage, tokenizer):
+        ids = tokenizer.encode(prompt)
+        shown = tokenizer.decode(ids)
+        new = continue_tokens(
+            config, stage, ids, eod_id=tokenizer.eod_id, max_new_tokens=max_new_tokens, sampling=sampling
+        )
+        for token in new:
+            ids.append(token)
+            text = tokenizer.decode(ids)
+            # A character of several byte tokens (Chinese, often) decodes to U+FFFD until it is complete.
+            if text.endswith("\ufffd"):
+                continue
+            yield text[len(shown) :]
+            shown = text

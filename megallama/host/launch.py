@@ -1,0 +1,117 @@
+"""What the launcher tells this process through the environment. The only reader of `os.environ` in the package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megallama.host.errors import UserError
+
+_LAUNCHED_BY = "start the ranks with torchrun, which sets it"
+
+# Launchers that start many copies of a command without telling torch: variable with their number, name.
+_OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """Place of this process in the job."""
+
+    rank: int = 0
+    """Number of this process in the job, from 0."""
+    world_size: int = 1
+    """Number of processes of the job."""
+    local_rank: int = 0
+    """Number of this process on its node; also its accelerator's."""
+    local_world_size: int = 1
+    """Number of processes on this node."""
+    master_addr: str = "127.0.0.1"
+    """Host of the rendezvous."""
+    master_port: int = 29500
+    """TCP port of the rendezvous."""
+    has_wandb_key: bool = False
+    """Whether WANDB_API_KEY is set."""
+    is_torchrun: bool = False
+    """Whether torchrun started this process; it ends all ranks of a node when one of them ends badly."""
+
+
+def read_launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvironment:
+    """torchrun's variables; one rank where there are none.
+
+    Args:
+        variables: Instead of this process's environment.
+
+    Raises:
+        UserError: variables that are missing, no numbers, or contradict each other.
+    """
+    env = os.environ if variables is None else variables
+    has_wandb_key = bool(env.get("WANDB_API_KEY"))
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        _refuse_other_launchers(env)
+        return LaunchEnvironment(has_wandb_key=has_wandb_key)
+    world_size = _number(env, "WORLD_SIZE")
+    rank = _number(env, "RANK")
+    # A launcher that sets only the global pair is taken to mean one node.
+    local_world_size = _number(env, "LOCAL_WORLD_SIZE", default=world_size)
+    local_rank = _number(env, "LOCAL_RANK", default=rank)
+    if world_size < 1:
+        raise UserError(f"WORLD_SIZE ({world_size}) must be at least 1: {_LAUNCHED_BY}")
+    if not 1 <= local_world_size <= world_size:
+        raise UserError(
+            f"LOCAL_WORLD_SIZE ({local_world_size}) must be between 1 and WORLD_SIZE ({world_size}): {_LAUNCHED_BY}"
+        )
+    for name, value, size_name, size in (
+        ("RANK", rank, "WORLD_SIZE", world_size),
+        ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size),
+    ):
+        if not 0 <= value < size:
+            raise UserError(
+                f"{name} ({value}) must be between 0 and {size_name} - 1 ({size - 1}): {_LAUNCHED_BY}"
+            )
+    has_address = "MASTER_ADDR" in env and "MASTER_PORT" in env
+    if world_size > 1 and not has_address:
+        raise UserError(
+            f"MASTER_ADDR and MASTER_PORT must be set for WORLD_SIZE ({world_size}) > 1: {_LAUNCHED_BY}"
+        )
+    master_port = _number(env, "MASTER_PORT", default=LaunchEnvironment.master_port)
+    if not 0 < master_port < 65536:
+        raise UserError(f"MASTER_PORT ({master_port}) must be between 1 and 65535: choose a free port")
+    return LaunchEnvironment(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        master_addr=env.get("MASTER_ADDR", LaunchEnvironment.master_addr),
+        master_port=master_port,
+        has_wandb_key=has_wandb_key,
+        is_torchrun="TORCHELASTIC_RUN_ID" in env,
+    )
+
+
+def _number(env: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+    text = env.get(name)
+    if text is None:
+        if default is None:
+            raise UserError(f"{name} is not set though RANK or WORLD_SIZE is: {_LAUNCHED_BY}")
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name} ({text!r}) must be an integer: {_LAUNCHED_BY}") from None
+
+
+def _refuse_other_launchers(env: Mapping[str, str]) -> None:
+    """Many copies that each believe to be alone would write into one run folder."""
+    for name, launcher in _OTHER_LAUNCHERS.items():
+        count = env.get(name, "1")
+        if count.isdecimal() and int(count) > 1:
+            raise UserError(
+                f"{launcher} started {count} copies of this process ({name}={count}) without RANK and WORLD_SIZE:"
+                " let it start torchrun once on each node, as slurm/pretrain_7b.sh does"
+            )
+
+
+def tell_libraries(environment: LaunchEnvironment) -> None:
+    """Set LOCAL_RANK where no launcher did: DeepSpeed refuses to start without it, also for one process."""
+    os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))

@@ -1,0 +1,29 @@
+"""The checks of a run with everything that they look at: files, tokenizer, run folder. No torch, so it is instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megallama.config.check import check_config
+from megallama.config.schema import RunConfig
+from megallama.data.prepared import check_token_file, read_manifest
+from megallama.data.tokenizer import load_tokenizer
+
+
+def check_run(config: RunConfig, *, world_size: int | None) -> None:
+    """All problems of a run at once, before any process group, allocation or file.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks; None where it is not known yet.
+
+    Raises:
+        ConfigError: what is wrong, each with its remedy.
+    """
+    check_config(
+        config,
+        world_size=world_size,
+        check_token_file=check_token_file,
+        read_manifest=read_manifest,
+        load_tokenizer=lambda path: load_tokenizer(Path(path)),
+    )

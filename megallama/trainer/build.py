@@ -1,0 +1,184 @@
+"""From engine and data to a trainer that stands where its run folder says."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megallama.checkpoint.boxes import build_boxes
+from megallama.checkpoint.store import load_checkpoint, save_checkpoint
+from megallama.checkpoint.verify import latest_checkpoint
+from megallama.config.load import to_yaml
+from megallama.config.schema import ModelConfig, RunConfig
+from megallama.data.build import TokenlessLoader
+from megallama.data.loader import DataLoader
+from megallama.engine.build import Engine
+from megallama.host.launch import LaunchEnvironment
+from megallama.host.log import start_log, stop_log
+from megallama.topology.groups import Topology
+from megallama.trainer.hooks import CheckpointHook, EvalHook, GuardHook, Hook, StopHook
+from megallama.trainer.loop import Trainer
+from megallama.trainer.metrics_hook import MetricsHook
+from megallama.trainer.run_folder import RunFolder
+from megallama.trainer.state import TrainState
+
+log = logging.getLogger(__name__)
+
+NOT_OF_THE_SHAPE = {"name", "hidden_dropout", "init_std", "max_seq_len"}
+"""Model settings that may change between the runs of one checkpoint."""
+
+
+@contextmanager
+def open_run_folder(config: RunConfig, topology: Topology) -> Iterator[RunFolder]:
+    """The run folder with this run's configuration and tokenizer, and a log for every rank."""
+    folder = RunFolder(Path(config.train.run_dir))
+    if topology.rank == 0:
+        tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
+        folder.write_start(config_yaml=to_yaml(config), tokenizer=tokenizer)
+    dist.barrier(group=topology.host_group)
+    handler = start_log(folder.logs, rank=topology.rank)
+    try:
+        log.info("rank %d of %d, %s, %s", topology.rank, topology.world_size, topology.grid, topology.device)
+        yield folder
+    finally:
+        stop_log(handler)
+
+
+def build_trainer(
+    config: RunConfig,
+    topology: Topology,
+    *,
+    engine: Engine,
+    loader: DataLoader | TokenlessLoader,
+    folder: RunFolder,
+    environment: LaunchEnvironment,
+) -> Trainer:
+    """The trainer, resumed from the newest checkpoint that verifies, if there is one."""
+    checkpoints = CheckpointStore(config, topology, engine=engine, folder=folder)
+    state = checkpoints.resume()
+    train = config.train
+
+    hooks: list[Hook] = []
+    if config.data.validation:
+        hooks.append(
+            EvalHook(engine, loader.validation_batches, interval=config.eval.interval, last_step=train.steps)
+        )
+    if topology.rank == 0:
+        hooks.append(MetricsHook(config, topology, folder=folder, has_wandb_key=environment.has_wandb_key))
+    hooks.append(GuardHook())
+    hooks.append(CheckpointHook(checkpoints.save, interval=config.checkpoint.interval, last_step=train.steps))
+    hooks.append(SignalHook(topology, checkpoints))
+    hooks.append(LoaderHook(loader))
+    return Trainer(
+        engine,
+        loader,
+        state=state,
+        hooks=hooks,
+        steps=train.steps,
+        samples_per_step=train.global_batch_size,
+        tokens_per_step=train.global_batch_size * train.seq_len,
+    )
+
+
+class CheckpointStore:
+    """Saves and restores the engine and the progress of this run."""
+
+    def __init__(self, config: RunConfig, topology: Topology, *, engine: Engine, folder: RunFolder) -> None:
+        self._config = config
+        self._topology = topology
+        self._engine = engine
+        self._folder = folder
+        self._saved_step: int | None = None
+
+    def resume(self) -> TrainState:
+        """Load the newest checkpoint that verifies into the engine; a new state where there is none."""
+        group = self._topology.host_group
+        path = latest_checkpoint(self._folder.checkpoints, log=log.warning, group=group)
+        if path is None:
+            return TrainState()
+        stored = load_checkpoint(path, tensors=self._tensors(), model=model_facts(self._config.model), group=group)
+        self._engine.restore(_numbers(stored["engine"]))
+        state = TrainState.from_json(_numbers(stored["progress"]))
+        self._saved_step = state.step
+        log.info("resumed from %s at step %d", path, state.step)
+        return state
+
+    def save(self, state: TrainState) -> None:
+        """Save now, unless this very step is saved already."""
+        if state.step == self._saved_step:
+            return
+        save_checkpoint(
+            self._folder.checkpoints,
+            step=state.step,
+            tensors=self._tensors(),
+            state={"progress": dict(state.to_json()), "engine": dict(self._engine.counters())},
+            model=model_facts(self._config.model),
+            keep=self._config.checkpoint.keep,
+            group=self._topology.host_group,
+        )
+        self._saved_step = state.step
+
+    def _tensors(self) -> Any:
+        return build_boxes(self._engine.fragments(), self._engine.layout)
+
+
+def model_facts(model: ModelConfig) -> dict[str, Any]:
+    """What must agree for a checkpoint to be of this model."""
+    facts = dataclasses.asdict(model)
+    return {k: getattr(v, "value", v) for k, v in facts.items() if k not in NOT_OF_THE_SHAPE}
+
+
+class SignalHook(StopHook):
+    """SIGTERM and SIGINT end the run after the step in flight, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self, topology: Topology, checkpoints: CheckpointStore) -> None:
+        super().__init__(self._is_any_rank_asked, checkpoints.save)
+        self._topology = topology
+        self._received = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def start(self, state: TrainState) -> None:
+        """Listen."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+
+    def finish(self, state: TrainState) -> None:
+        """Leave the signals as they were."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+        signal.signal(number, self._previous[signal.Signals(number)])
+
+    def _is_any_rank_asked(self) -> bool:
+        asked = torch.tensor(int(self._received))
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._topology.host_group)
+        if asked:
+            log.warning("asked to stop: saving a checkpoint")
+        return bool(asked)
+
+
+class LoaderHook(Hook):
+    """Ends the loader's background reading with the run."""
+
+    def __init__(self, loader: DataLoader | TokenlessLoader) -> None:
+        self._loader = loader
+
+    def finish(self, state: TrainState) -> None:
+        """Close."""
+        self._loader.close()
+
+
+def _numbers(value: Any) -> dict[str, Any]:
+    assert isinstance(value, dict), value
+    return value

@@ -1,0 +1,62 @@
+"""The folder of a run: what lies where, and what is written at its start."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run; nothing is created by naming them."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def logs(self) -> Path:
+        """One log file a rank."""
+        return self.path / "log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The run's own copy of its tokenizer."""
+        return self.path / "tokenizer"
+
+    def tokenizer_file(self) -> Path | None:
+        """The copied tokenizer, if there is one."""
+        files = (self.tokenizer_folder / name for name in TOKENIZER_NAMES)
+        return next((file for file in files if file.is_file()), None)
+
+    def write_start(self, *, config_yaml: str, tokenizer: Path | None) -> None:
+        """Write the configuration, and copy the tokenizer so that the folder is whole without its sources."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_whole(self.config_file, config_yaml.encode())
+        if tokenizer is None:
+            return
+        source = next((f for n in TOKENIZER_NAMES if (f := tokenizer / n).is_file()), tokenizer)
+        self.tokenizer_folder.mkdir(exist_ok=True)
+        target = self.tokenizer_folder / (TOKENIZER_NAMES[1] if source.suffix == ".json" else TOKENIZER_NAMES[0])
+        partial = target.with_name(target.name + ".partial")
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write so that a crash leaves the old file or the new one, never half of one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

@@ -1,0 +1,209 @@
+"""What the ranks of these tests run: each function is called on every rank of a fresh gloo group."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megallama.checkpoint import disk, protocol, storage, store
+from megallama.checkpoint.verify import latest_checkpoint
+from tests.checkpoint.synthetic import MODEL, STATE, Layout, boxes_of, wrong_elements
+
+
+def save(directory: Path, layout: Layout, step: int, keep: int = 0, seed: int = 0) -> Path:
+    """Saves the synthetic state; also without process group."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    boxes = boxes_of(layout, rank, seed=seed)
+    return store.save_checkpoint(directory, step=step, tensors=boxes, state=STATE, model=MODEL, keep=keep)
+
+
+def load(path: Path, layout: Layout, seed: int = 0) -> tuple[int, dict[str, Any]]:
+    """Number of wrong elements after loading into boxes full of NaN, and the state."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    boxes = boxes_of(layout, rank, seed=None, cap=None)
+    state = store.load_checkpoint(path, tensors=boxes, model=MODEL)
+    return wrong_elements(boxes, seed=seed), state
+
+
+def save_on_rank(directory: Path, layout: Layout, step: int) -> str:
+    """`save` on gloo ranks."""
+    dist.init_process_group("gloo")
+    return str(save(directory, layout, step))
+
+
+def load_on_rank(path: Path, layout: Layout) -> tuple[int, dict[str, Any]]:
+    """`load` on gloo ranks."""
+    dist.init_process_group("gloo")
+    return load(path, layout)
+
+
+def latest_on_rank(directory: Path) -> tuple[str, list[str]]:
+    """`latest_checkpoint` and what it logged."""
+    dist.init_process_group("gloo")
+    lines: list[str] = []
+    return str(latest_checkpoint(directory, log=lines.append)), lines
+
+
+def save_on_subgroup(directory: Path) -> tuple[str, int]:
+    """Ranks 1 and 2 of three save and load in a group of their own."""
+    dist.init_process_group("gloo")
+    group = dist.new_group([1, 2], backend="gloo")
+    if dist.get_rank() == 0:
+        dist.barrier()  # it hosts the store of the others
+        return "", 0
+    layout, rank = Layout(tp=2, dp=1), dist.get_rank() - 1
+    boxes = boxes_of(layout, rank)
+    path = store.save_checkpoint(
+        directory, step=1, tensors=boxes, state=STATE, model=MODEL, keep=0, group=group
+    )
+    empty = boxes_of(layout, rank, seed=None)
+    store.load_checkpoint(path, tensors=empty, model=MODEL, group=group)
+    dist.barrier()
+    return str(path), wrong_elements(empty)
+
+
+def full_disk_on_rank(directory: Path, layout: Layout, full_rank: int) -> tuple[str, str]:
+    """Saves while the disk of one rank fills up in the middle of its file: (type, text) of the error."""
+    dist.init_process_group("gloo")
+    if dist.get_rank() == full_rank:
+        storage.write_all = _fails_after(storage.write_all, calls=5)  # type: ignore[attr-defined]
+    return error_of(lambda: save(directory, layout, 2))
+
+
+def full_disk_for_index(directory: Path, layout: Layout) -> tuple[str, str]:
+    """Saves while the disk has no room left for the index, which rank 0 writes."""
+    dist.init_process_group("gloo")
+    disk.write_all = _fails_after(disk.write_all, calls=0)
+    return error_of(lambda: save(directory, layout, 2))
+
+
+def broken_tensor_on_rank(directory: Path, layout: Layout) -> tuple[str, str]:
+    """Saves while one rank cannot deliver a tensor, for a reason whose exception cannot be pickled."""
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+
+        class LocalError(Exception):
+            pass
+
+        def fail(*_: Any) -> None:
+            raise LocalError("device is gone")
+
+        storage._DataFile.append = fail  # type: ignore[assignment, method-assign]
+    return error_of(lambda: save(directory, layout, 2))
+
+
+def load_of_another_model(path: Path, layout: Layout, model: dict[str, Any]) -> tuple[str, str]:
+    """Loads with other model facts on the last rank only: all must hear of it."""
+    dist.init_process_group("gloo")
+    facts = model if dist.get_rank() == dist.get_world_size() - 1 else MODEL
+    boxes = boxes_of(layout, dist.get_rank(), seed=None)
+    return error_of(lambda: store.load_checkpoint(path, tensors=boxes, model=facts))
+
+
+def die_while_saving(directory: Path, layout: Layout, step: int, moment: str, keep: int = 0) -> None:
+    """Saves and dies of SIGKILL at `moment` on the last rank (which is rank 0 in a single process)."""
+    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("gloo")
+    if not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1:
+        _arm(moment)
+    save(directory, layout, step, keep=keep, seed=1)
+
+
+MOMENTS = (
+    "before the first byte",
+    "within a data file",
+    "before the index",
+    "within the index",
+    "before the manifest",
+    "within the manifest",
+    "before the rename",
+)
+
+
+def _arm(moment: str) -> None:
+    if moment == "before the first byte":
+        storage._DataFile.append = _die  # type: ignore[assignment, method-assign]
+    elif moment == "within a data file":
+        storage.write_all = _dies_after(storage.write_all, calls=7)  # type: ignore[attr-defined]
+    elif moment == "before the index":
+        storage.write_file = _die  # type: ignore[attr-defined]
+    elif moment == "within the index":
+        disk.write_all = _dies_halfway
+    elif moment == "before the manifest":
+        store.write_manifest = _die  # type: ignore[attr-defined]
+    elif moment == "within the manifest":
+        protocol.write_file = lambda path, raw: (path.write_bytes(raw[: len(raw) // 2]), _die())  # type: ignore[attr-defined]
+    elif moment == "before the rename":
+        store.publish = _die  # type: ignore[attr-defined]
+    elif moment == "between the renames":
+        protocol.os = _DiesAtSecondReplace()  # type: ignore[attr-defined]
+    elif moment == "within the removal of old ones":
+        protocol.shutil.rmtree = _dies_in_removal  # type: ignore[attr-defined]
+    else:
+        raise AssertionError(moment)
+
+
+class _DiesAtSecondReplace:
+    path = os.path
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def replace(self, source: Path, target: Path) -> None:
+        self.calls += 1
+        if self.calls == 2:
+            _die()
+        os.replace(source, target)
+
+
+def _dies_in_removal(path: Path, ignore_errors: bool = False) -> None:
+    next(file for file in path.iterdir() if file.suffix == ".bin").unlink()
+    _die()
+
+
+def _die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _dies_halfway(fd: int, data: memoryview) -> None:
+    os.write(fd, data[: len(data) // 2])
+    _die()
+
+
+def _dies_after(function: Callable[..., Any], *, calls: int) -> Callable[..., Any]:
+    return _after(function, calls, _die)
+
+
+def _fails_after(function: Callable[..., Any], *, calls: int) -> Callable[..., Any]:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return _after(function, calls, fail)
+
+
+def _after(function: Callable[..., Any], calls: int, act: Callable[[], None]) -> Callable[..., Any]:
+    done = 0
+
+    def wrapped(*args: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done > calls:
+            act()
+        return function(*args)
+
+    return wrapped
+
+
+def error_of(function: Callable[[], object]) -> tuple[str, str]:
+    """Type and text of the error of `function`."""
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", "no error"

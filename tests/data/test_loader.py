@@ -1,0 +1,200 @@
+"""Batches: cut over ranks and micro-batches, read ahead, checked against the vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megallama.config.schema import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from megallama.data.loader import DataLoader, MicroBatch, open_loader
+from megallama.data.prepare import prepare
+from megallama.data.stream import SampleStream
+from megallama.host.errors import ConfigError, UserError
+
+
+def write_tokens(prefix: Path, documents: list[list[int]]) -> str:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for document in documents:
+        builder.add_document(np.array(document, dtype=np.int32), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """100 documents of 21 tokens, all tokens different."""
+    rows = np.arange(2100).reshape(100, 21).tolist()
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "train", rows)
+
+
+def config_of(prefix: str, *, validation: str | None = None, **train: Any) -> RunConfig:
+    settings: dict[str, Any] = {
+        "steps": 1000,
+        "run_dir": "run",
+        "seq_len": 10,
+        "global_batch_size": 12,
+        **train,
+    }
+    return RunConfig(
+        model=ModelConfig(vocab_size=2100),
+        train=TrainConfig(**settings),
+        data=DataConfig(
+            sources=[SourceConfig(path=prefix)],
+            validation=[SourceConfig(path=validation)] if validation else [],
+        ),
+        eval=EvalConfig(batches=3),
+    )
+
+
+def loader_of(
+    prefix: str, *, dp_rank: int = 0, dp_size: int = 1, micro: int = 1, **options: Any
+) -> DataLoader:
+    return open_loader(
+        config_of(prefix, **options), dp_rank=dp_rank, dp_size=dp_size, num_micro_batches=micro
+    )
+
+
+def joined(batches: list[MicroBatch]) -> torch.Tensor:
+    return torch.cat([batch.tokens_BS for batch in batches])
+
+
+def test_a_micro_batch_has_tokens_labels_and_mask(prefix: str) -> None:
+    loader = loader_of(prefix, micro=3)
+    batches = loader.batches(0)
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch.tokens_BS.shape == batch.labels_BS.shape == batch.loss_mask_BS.shape == (4, 10)
+        assert batch.tokens_BS.dtype == batch.labels_BS.dtype == torch.int64
+        assert batch.loss_mask_BS.dtype == torch.float32 and bool((batch.loss_mask_BS == 1).all())
+        assert torch.equal(batch.tokens_BS[:, 1:], batch.labels_BS[:, :-1])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batches[0].tokens_BS = batches[1].tokens_BS  # type: ignore[misc]
+    loader.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    step=st.integers(0, 900), cut=st.sampled_from([(1, 1), (1, 12), (2, 3), (3, 1), (4, 3), (12, 1), (6, 2)])
+)
+def test_a_step_is_the_same_for_every_dp_size(prefix: str, step: int, cut: tuple[int, int]) -> None:
+    dp_size, micro = cut
+    parts = []
+    for dp_rank in range(dp_size):
+        loader = loader_of(prefix, dp_rank=dp_rank, dp_size=dp_size, micro=micro)
+        batches = loader.batches(step)
+        assert [len(batch.tokens_BS) for batch in batches] == [12 // (dp_size * micro)] * micro
+        parts.append(joined(batches))
+        loader.close()
+    whole = loader_of(prefix)
+    assert torch.equal(torch.cat(parts), joined(whole.batches(step)))
+    whole.close()
+
+
+def test_steps_take_the_samples_one_after_another_whatever_the_batch_size(prefix: str) -> None:
+    small, large = loader_of(prefix, global_batch_size=6), loader_of(prefix, global_batch_size=12)
+    assert torch.equal(
+        torch.cat([joined(small.batches(step)) for step in range(20)]),
+        torch.cat([joined(large.batches(step)) for step in range(10)]),
+    )
+
+
+def test_reading_ahead_happens_and_changes_nothing(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, str]] = []
+    plain = SampleStream.sample
+
+    def watched(self: SampleStream, index: int) -> Any:
+        read.append((index, threading.current_thread().name))
+        return plain(self, index)
+
+    expected = [joined(loader_of(prefix).batches(step)) for step in range(6)]
+    monkeypatch.setattr(SampleStream, "sample", watched)
+    loader = loader_of(prefix, steps=6)
+    for step in (0, 1, 2, 5, 3, 3, 4, 5):
+        assert torch.equal(joined(loader.batches(step)), expected[step])
+    loader.close()
+    ahead = {index // 12 for index, thread in read if thread.startswith("loader")}
+    in_front = [index // 12 for index, thread in read if not thread.startswith("loader")]
+    assert {1, 2, 3, 4} <= ahead and 6 not in ahead
+    assert {1, 2} & set(in_front) == set(), "steps in a row are read in the background"
+
+
+def test_a_wrong_token_is_named_where_it_is_used(tmp_path: Path) -> None:
+    rows = np.arange(2100).reshape(100, 21)
+    rows[37, 5] = 2100
+    path = write_tokens(tmp_path / "坏", rows.tolist())
+    loader = loader_of(path, steps=100)
+    message = r"token id 2100 in .*坏 \(document 37, offset 5\) is outside model.vocab_size \(2100\)"
+    failed = []
+    for step in range(17):
+        try:
+            loader.batches(step)
+        except UserError as error:
+            assert re.search(message, str(error))
+            failed.append(step)
+    assert len(failed) == 1
+    rows[37, 5] = -1
+    loader = loader_of(write_tokens(tmp_path / "负", rows.tolist()))
+    with pytest.raises(UserError, match="token id -1 in .*负"):
+        for step in range(17):
+            loader.batches(step)
+
+
+def test_validation_is_always_the_same_from_the_start_of_the_file(prefix: str) -> None:
+    loaders = [loader_of(prefix, validation=prefix, dp_rank=r, dp_size=2, micro=2) for r in range(2)]
+    assert all(loader.has_validation for loader in loaders)
+    loaders[0].batches(7)
+    both = [loader.validation_batches() for loader in loaders]
+    assert (
+        [len(batches) for batches in both] == [loader.num_validation_batches for loader in loaders] == [3, 3]
+    )
+    found = torch.cat([joined(batches[number]) for number in range(3) for batches in both])
+    assert torch.equal(found, torch.arange(360).reshape(36, 10))
+    again = loaders[0].validation_batches()
+    assert all(torch.equal(joined(a), joined(b)) for a, b in zip(both[0], again, strict=True))
+
+
+def test_small_validation_data_is_not_repeated_beyond_one_batch(prefix: str, tmp_path: Path) -> None:
+    small = write_tokens(tmp_path / "small", [list(range(300))])
+    assert len(loader_of(prefix, validation=small).validation_batches()) == 2
+    tiny = write_tokens(tmp_path / "tiny", [list(range(21))])
+    (batch,) = loader_of(prefix, validation=tiny).validation_batches()
+    assert joined(batch)[:, 0].tolist() == [0, 10] * 6
+
+
+def test_no_validation(prefix: str) -> None:
+    loader = loader_of(prefix)
+    assert not loader.has_validation and loader.validation_batches() == []
+    assert loader.num_validation_batches == 0
+
+
+def test_all_bad_files_are_named_at_once(prefix: str, tmp_path: Path) -> None:
+    config = config_of(str(tmp_path / "无"), validation=str(tmp_path / "gone"))
+    with pytest.raises(ConfigError) as caught:
+        open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
+    assert len(caught.value.problems) == 2
+
+
+def test_a_vocabulary_above_the_models_is_refused(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    report = prepare([corpus], tmp_path, tokenizer=tokenizer_path, workers=1)
+    config = config_of(str(report.train.prefix))
+    open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1).batches(0)
+    small = dataclasses.replace(config, model=ModelConfig(vocab_size=499))
+    with pytest.raises(ConfigError, match=r"has 500 token ids, model.vocab_size \(499\)"):
+        open_loader(small, dp_rank=0, dp_size=1, num_micro_batches=1)

@@ -1,0 +1,177 @@
+"""Tokenizers of both kinds: round trips, special tokens, errors."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megallama.data import tokenizer as tokenizer_module
+from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.host.errors import UserError
+from tests.data.conftest import CHINESE, make_text
+
+TRICKY = [
+    "",
+    " ",
+    "  leading and trailing  ",
+    "\n\n\t\tif x:\n\t    return  'a'\r\n \n",
+    CHINESE,
+    "　全角空格，与 mixed 中英文 12345 𠮷 😀 \u200b零宽",
+    "<s></s><unk><0x0A>",
+    "nul\0byte \x7f \x1b[0m",
+    "é decomposed, ﬁ ligature, ① ½ Ａ",
+    inspect.getsource(tokenizer_module),
+]
+
+
+def save_hugging_face(path: Path, *, end: str | None = "<|endoftext|>") -> Path:
+    """A byte-level BPE tokenizer.json."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|begin|>"] + ([end] if end else [])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([make_text(n) for n in range(5)], trainer)
+    made.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "huggingface"])
+def any_tokenizer(
+    request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    if request.param == "sentencepiece":
+        return tokenizer
+    return load_tokenizer(save_hugging_face(tmp_path_factory.mktemp("hf") / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_text_survives_the_round_trip(any_tokenizer: Tokenizer, text: str) -> None:
+    ids = any_tokenizer.encode(text)
+    assert any_tokenizer.decode(ids) == text
+    assert all(0 <= i < any_tokenizer.vocab_size for i in ids)
+    assert not {any_tokenizer.eod_id, any_tokenizer.bos_id} & set(ids)
+
+
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
+def test_any_unicode_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_batches_equal_single_texts(any_tokenizer: Tokenizer) -> None:
+    assert any_tokenizer.encode_batch(TRICKY) == [any_tokenizer.encode(text) for text in TRICKY]
+
+
+def test_special_tokens_are_neither_read_from_text_nor_shown(any_tokenizer: Tokenizer) -> None:
+    assert any_tokenizer.eod_id not in any_tokenizer.encode("a<|endoftext|>b</s>c")
+    assert any_tokenizer.decode([any_tokenizer.eod_id, *any_tokenizer.encode("中文")]) == "中文"
+
+
+def test_ids_outside_the_vocabulary_are_refused(any_tokenizer: Tokenizer) -> None:
+    with pytest.raises(IndexError):
+        any_tokenizer.decode([any_tokenizer.vocab_size])
+    with pytest.raises(IndexError):
+        any_tokenizer.decode([-1])
+
+
+def test_half_a_surrogate_pair_is_refused(any_tokenizer: Tokenizer) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        any_tokenizer.encode("a\ud800")
+
+
+def test_facts_of_a_sentencepiece_file(tokenizer: Tokenizer, tokenizer_path: Path) -> None:
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eod_id) == (500, 1, 2)
+    assert tokenizer.name == "sentencepiece-500"
+    assert tokenizer.sha256 == hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
+    assert load_tokenizer(tokenizer_path.parent).sha256 == tokenizer.sha256
+
+
+def test_hugging_face_end_token_comes_from_the_side_file(tmp_path: Path) -> None:
+    path = save_hugging_face(tmp_path / "tokenizer.json", end="<|完|>")
+    with pytest.raises(UserError, match="no end-of-text token"):
+        load_tokenizer(path)
+    side = tmp_path / "tokenizer_config.json"
+    settings = {"eos_token": {"content": "<|完|>"}, "bos_token": "<|begin|>"}
+    side.write_text(json.dumps(settings), encoding="utf-8")
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.bos_id, loaded.eod_id) == (0, 1)
+    side.write_text('{"eos_token": "<missing>"}', encoding="utf-8")
+    with pytest.raises(UserError, match="<missing>.*not in the vocabulary"):
+        load_tokenizer(path)
+
+
+def test_truncation_and_added_tokens_of_the_file_are_ignored(tmp_path: Path) -> None:
+    path = save_hugging_face(tmp_path / "tokenizer.json")
+    plain = load_tokenizer(path)
+    made = tokenizers.Tokenizer.from_file(str(path))
+    made.enable_truncation(4)
+    made.enable_padding(length=4)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
+    made.save(str(path))
+    assert load_tokenizer(path).encode(CHINESE) == plain.encode(CHINESE)
+    assert load_tokenizer(path).encode("a") == plain.encode("a")
+
+
+def _without_end(path: Path) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([make_text(1).replace("\n", " ")]),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=100,
+        hard_vocab_limit=False,
+        eos_id=-1,
+        minloglevel=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("missing.model", lambda path: None, "does not exist"),
+        (
+            "damaged.model",
+            lambda path: path.write_bytes(b"\x0a\xff garbage" * 9),
+            "not a readable sentencepiece",
+        ),
+        ("empty.model", lambda path: path.write_bytes(b""), "not a readable sentencepiece"),
+        ("tiktoken.model", lambda path: path.write_bytes(b"IQ== 0\nIg== 1\n"), "tiktoken"),
+        ("damaged.json", lambda path: path.write_text("{"), "not a readable tokenizer.json"),
+        ("other.json", lambda path: path.write_text("{}"), "not a readable tokenizer.json"),
+        ("words.vocab", lambda path: path.write_text("x"), "unknown kind"),
+        ("folder", lambda path: path.mkdir(), "holds neither"),
+        ("folder.model", lambda path: path.mkdir(), "holds neither"),
+        ("noend.model", _without_end, "no end-of-text token"),
+    ],
+)
+def test_bad_files_give_one_clear_message(
+    tmp_path: Path, name: str, make: Callable[[Path], object], message: str
+) -> None:
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(path)
+    assert name in str(caught.value)
+
+
+def test_a_truncated_model_is_refused(tokenizer_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    content = tokenizer_path.read_bytes()
+    path.write_bytes(content[: len(content) // 2 + 1])
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(path)

@@ -1,0 +1,104 @@
+"""Training: determinism, sampling, digits, silence, errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megallama.data.tokenizer import load_tokenizer
+from megallama.data.tokenizer_training import sample_lines, train_tokenizer
+from megallama.host.errors import UserError
+from tests.data.conftest import CHINESE
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_the_same_seed_gives_the_same_file(corpus: Path, tmp_path: Path, model_type: str) -> None:
+    written = [
+        train_tokenizer(
+            [corpus],
+            tmp_path / name,
+            vocab_size=380,
+            model_type=model_type,  # type: ignore[arg-type]
+            sample_bytes=20_000,
+            seed=seed,
+        )
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    a, b, c = (path.read_bytes() for path in written)
+    assert a == b != c
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["tokenizer.model"]
+    assert load_tokenizer(written[0]).vocab_size == 380
+
+
+def test_digits_stand_alone_and_indentation_is_one_piece(tokenizer_path: Path) -> None:
+    loaded = load_tokenizer(tokenizer_path)
+    assert [loaded.decode([i]) for i in loaded.encode("1234")] == list("1234")
+    assert "    " in [loaded.decode([i]) for i in loaded.encode("    for item in batch:")]
+    chinese = CHINESE * 3
+    assert len(loaded.encode(chinese)) < len(chinese), "common Chinese words should be pieces, not bytes"
+
+
+def test_training_is_quiet(corpus: Path, tmp_path: Path) -> None:
+    program = (
+        "from megallama.data.tokenizer_training import train_tokenizer\n"
+        f"train_tokenizer([{str(corpus)!r}], {str(tmp_path)!r}, vocab_size=400)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+def test_sample_is_bounded_seeded_ordered_and_spread() -> None:
+    texts = [f"第{number:05}行\n" for number in range(5000)]
+    size = len(texts[0].encode()) - 1
+    sample = sample_lines(iter(texts), seed=7, sample_bytes=1000 * size)
+    assert len(sample) == 1000
+    assert sample == sorted(sample) == sample_lines(iter(texts), seed=7, sample_bytes=1000 * size)
+    assert sample != sample_lines(iter(texts), seed=8, sample_bytes=1000 * size)
+    late = sum(line >= "第02500" for line in sample)
+    assert 400 < late < 600
+    assert len(sample_lines(iter(texts), seed=7, sample_bytes=10**9)) == 5000
+
+
+def test_long_lines_are_cut_not_dropped() -> None:
+    line = CHINESE * 1000
+    sample = sample_lines(iter([line]), seed=0, sample_bytes=10**9)
+    assert "".join(sample) == line and max(map(len, sample)) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 100_000}, r"vocab_size \(100000\) is too large.*vocab_size=\d+ or less"),
+        ({"vocab_size": 100}, r"vocab_size \(100\) must be above 259"),
+        ({"vocab_size": 262}, r"vocab_size \(262\) is smaller than"),
+        ({"model_type": "wordpiece"}, "model_type"),
+        ({"character_coverage": 2.0}, "character_coverage"),
+        ({"sample_bytes": 0}, "sample_bytes"),
+        ({"normalization": "nfkz"}, "nfkz"),
+    ],
+)
+def test_impossible_settings_say_what_to_change(
+    corpus: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train_tokenizer([corpus], tmp_path / "out", **{"vocab_size": 400, **options})  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_train_said_is_possible_is_possible(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="vocab_size=") as caught:
+        train_tokenizer([corpus], tmp_path, vocab_size=100_000)
+    possible = int(str(caught.value).split("vocab_size=")[1].split()[0])
+    assert load_tokenizer(train_tokenizer([corpus], tmp_path, vocab_size=possible)).vocab_size == possible
+
+
+def test_an_empty_corpus_and_a_file_as_output_are_refused(corpus: Path, tmp_path: Path) -> None:
+    blank = tmp_path / "空.txt"
+    blank.write_text(" \n\n", encoding="utf-8")
+    with pytest.raises(UserError, match="empty"):
+        train_tokenizer([blank], tmp_path / "out", vocab_size=400)
+    with pytest.raises(UserError, match="is a file"):
+        train_tokenizer([corpus], blank, vocab_size=400)
