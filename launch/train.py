@@ -22,6 +22,7 @@ from megallama.config.load import ROOT, expand_sweep, hydra_words, load_config
 from megallama.config.schema import RunConfig
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.launch import LaunchEnvironment, read_launch_environment
+from megallama.host.log import quiet_libraries
 from megallama.preflight import check_run
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
@@ -36,6 +37,7 @@ STAGGER_S = 2.0
 def main(arguments: Sequence[str]) -> int:
     """Run what the command line asks for; returns the exit code: 0, or 2 for what the user can mend."""
     environment = LaunchEnvironment()
+    quiet_libraries()
     try:
         environment = read_launch_environment()
         options = _parser().parse_args(arguments)

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.host.errors import EXIT_USER_ERROR, UserError
+from megallama.host.log import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for something that the user can mend, 130 for ctrl-c."""
     options = _parser().parse_args(arguments)
+    quiet_libraries()
     try:
         options.command(options)
     except UserError as error:

@@ -42,9 +42,10 @@ if [[ -d "$root/.venv/bin" ]]; then
   export PATH="$root/.venv/bin:$PATH"
 fi
 
-# SLURM_GPUS_PER_NODE is what was asked for, with a type in front of the number where one was given (h100:8).
-asked=${SLURM_GPUS_PER_NODE:-}
-ranks_per_node=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-${asked##*:}}}
+# What was asked for comes first: on an --exclusive node SLURM_GPUS_ON_NODE counts all GPUs here, while srun
+# hands out as many as were asked for. A type may stand in front of the number (h100:8).
+asked=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+ranks_per_node=${NPROC_PER_NODE:-${asked##*:}}
 [[ "$ranks_per_node" =~ ^[1-9][0-9]*$ ]] ||
   fail "number of ranks a node is unknown (${ranks_per_node:-none}): ask for GPUs with --gpus-per-node=N, or set NPROC_PER_NODE"
 

@@ -123,9 +123,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     }
     text = json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False)
     head = text.removesuffix("\n}").encode() + b",\n "
-    digest = new_digest()
-    digest.update(head)
-    return head + _CHECKSUM_KEY + f': "{digest.hexdigest()}"\n}}\n'.encode()
+    return head + _checksum_entry(head)
 
 
 def decode_manifest(raw: bytes) -> Manifest:
@@ -143,9 +141,8 @@ def decode_manifest(raw: bytes) -> Manifest:
         raise UserError(
             f"checkpoint format (version {version}): this program reads {VERSION}, update megallama"
         )
-    digest = new_digest()
-    digest.update(raw.rpartition(_CHECKSUM_KEY)[0])
-    if digest.hexdigest() != body.get("checksum"):
+    head = raw.rpartition(_CHECKSUM_KEY)[0]
+    if raw != head + _checksum_entry(head):
         _damaged("checksum does not match the text")
     files = {}
     for name, entry in _mapping(body, "files").items():
@@ -157,6 +154,12 @@ def decode_manifest(raw: bytes) -> Manifest:
     if not _is_count(body.get("step")):
         _damaged("step is malformed")
     return Manifest(body["step"], _mapping(body, "model"), _mapping(body, "state"), files)
+
+
+def _checksum_entry(head: bytes) -> bytes:
+    digest = new_digest()
+    digest.update(head)
+    return _CHECKSUM_KEY + f': "{digest.hexdigest()}"\n}}\n'.encode()
 
 
 def _decode_file(name: str, entry: JSON) -> FileRecord:

@@ -38,6 +38,8 @@ from megallama.checkpoint.record import (
 MIN_RUN_BYTES = 4096
 """Shorter contiguous runs are not worth a system call each: the rows round them are read whole."""
 _WRITE_BYTES = 8 * 1024 * 1024
+_MIN_THREAD_BYTES = 256 * 1024
+"""Handing less than this to the digest thread costs more time than it saves."""
 
 
 class BoxWriter(StorageWriter):
@@ -133,7 +135,7 @@ class _DataFile:
         return begin
 
     def _add(self, data: memoryview) -> None:
-        if len(data) < MIN_RUN_BYTES:
+        if len(data) < _MIN_THREAD_BYTES:
             self.digest.update(data)
             write_all(self.fd, data)
         else:
@@ -257,7 +259,8 @@ def _read_part(fd: int, box: BoxRecord, starts: Ints, target: torch.Tensor, name
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous host tensor."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    # A single element counts as contiguous whatever its stride, which view() then refuses.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _outer_dims(shape: Ints, part: Sequence[int]) -> int:

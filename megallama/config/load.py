@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megallama.config.names import field_types, listing
 from megallama.config.overrides import parse_overrides
 from megallama.config.schema import DataConfig, RunConfig, SourceConfig
-from megallama.config.typed import Problems, build, defaults, plain
+from megallama.config.typed import Problems, build, defaults, plain, type_name
 from megallama.host.errors import ConfigError
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -113,7 +113,7 @@ def expand_sweep(
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML; `load_yaml` reads it back exactly."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=1000)
+    return str(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=1000))
 
 
 def load_yaml(path: str | Path) -> RunConfig:
@@ -224,5 +224,4 @@ def _missing(keys: list[str], *, models: list[str], exps: list[str]) -> list[str
 
 def _placeholder(key: str) -> str:
     section, _, name = key.partition(".")
-    annotation = field_types(field_types(RunConfig)[section]).get(name)
-    return {int: "integer", float: "number"}.get(annotation, "text")
+    return type_name(field_types(field_types(RunConfig)[section])[name])

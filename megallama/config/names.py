@@ -21,7 +21,6 @@ DERIVED = {
 """Quantities that users look for among the settings and that follow from others."""
 
 
-@functools.cache
 def field_types(cls: type[Any]) -> dict[str, Any]:
     """Resolved annotation of every field of a schema class, in order of declaration."""
     hints = typing.get_type_hints(cls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -34,3 +35,11 @@ def stop_log(handler: logging.Handler) -> None:
     """Close what `start_log` opened."""
     logging.getLogger().removeHandler(handler)
     handler.close()
+
+
+def quiet_libraries() -> None:
+    """Drop megatron-core's warnings about optional packages that are absent: our kernels log what they chose.
+
+    Call it before megatron-core is imported.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")

@@ -103,8 +103,8 @@ def heading(facts: Facts, *, steps: int, first_step: int) -> str:
     start = f"resumes after step {first_step} of {steps}" if first_step else f"{steps} steps"
     return (
         f"{facts['model']}: {magnitude(float(facts['parameters']))} parameters on {where}; {start}\n"
-        f"MFU counts {facts['mfu_attention']} attention, against {float(facts['peak_tflops']):.3g} TFLOP/s a rank"
-        f" ({facts['peak_source']}); memory is {facts['memory_kind']} on rank 0"
+        f"MFU counts {facts['mfu_attention']} attention, against {float(facts['peak_tflops']):.3g} TFLOP/s "
+        f"a rank ({facts['peak_source']}); memory is {facts['memory_kind']} on rank 0"
     )
 
 
@@ -124,7 +124,7 @@ def step_parts(step: int, numbers: Mapping[str, float], *, steps: int, facts: Fa
 
 
 def live_line(step: int, numbers: Mapping[str, float], *, steps: int, facts: Facts, width: int) -> str:
-    """A step on one line of at most `width` columns: a bar where there is room, else the last parts are left out."""
+    """A step on one line of at most `width` columns: a bar if there is room, else the last parts go."""
     parts = step_parts(step, numbers, steps=steps, facts=facts)
     while len("  ".join(parts)) > width and len(parts) > 1:
         parts.pop()
@@ -141,11 +141,10 @@ def magnitude(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return (
-                f"{value / unit:.3g}{letter}" if abs(value) < 999.5 * unit else f"{value / unit:.0f}{letter}"
-            )
-    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
+        # Half a digit early: 999.7 thousand is 1M.
+        if abs(value) >= 0.9995 * unit:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -28,7 +28,7 @@ class _DataSheet:
     pattern: str
     """Words that must all be in torch's device name."""
     half_tflops: float
-    """fp16 tensor cores, fp32 accumulation, dense (vendors like to print the number with 2:4 sparsity: twice this)."""
+    """fp16 tensor cores, fp32 accumulation, dense (often printed with 2:4 sparsity: twice this)."""
     fp32_tflops: float
     """fp32 in the ordinary cores: torch does not use TF32 for matrix products unless told to."""
     has_bf16: bool = True
@@ -102,7 +102,7 @@ def measured_peak(device: torch.device, *, dtype: Dtype, seconds: float = 0.1) -
 
 
 def _best_product_s(size: int, *, device: torch.device, dtype: Dtype, seconds: float) -> float:
-    """Shortest time of a product of this size, in `seconds` of trying; two at least: the first one warms up."""
+    """Shortest time of a product of this size, in `seconds` of trying; at least two, to warm up."""
     a = torch.randn(size, size, device=device).to(TORCH_DTYPE[dtype])
     b = torch.randn(size, size, device=device).to(TORCH_DTYPE[dtype])
     out = torch.empty_like(a)

@@ -44,8 +44,9 @@ def plot_loss(run_dir: Path, output_png: Path, *, unigram_loss: float | None = N
         steps, smoothed(losses), color=TRAIN, linewidth=1.8, label="training (smoothed; each step faint)"
     )
     if validation:
-        style = dict(color=VALIDATION, marker="o", markersize=4, linewidth=1.2)
-        axes.plot(*zip(*validation, strict=True), label=f"validation (last {validation[-1][1]:.3f})", **style)
+        steps, losses = zip(*validation, strict=True)
+        label = f"validation (last {losses[-1]:.3f})"
+        axes.plot(steps, losses, color=VALIDATION, marker="o", markersize=4, linewidth=1.2, label=label)
     if unigram_loss is not None:
         label = f"unigram level ({unigram_loss:.3f})"
         axes.axhline(unigram_loss, color=LEVEL, linestyle="--", linewidth=1.2, label=label)

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: one recorder that hands each step to every sink. Only global rank 0 has one."""
+"""Where the numbers of a run go: a recorder hands each step to every sink. Only global rank 0 has one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Recorder:
         self.sinks = tuple(sinks)
 
     def record(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write one completed step. `numbers` by the keys of `meter.py`, with `eval/...` where there was one."""
+        """Write one completed step. `numbers`: from `Meter.measure`, and `eval/...` where there was one."""
         for sink in self.sinks:
             sink.write(step, numbers)
 

@@ -14,14 +14,14 @@ class TensorBoardSink:
         # Imported here: it takes a moment, and a run may do without.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Add one scalar a key; `progress/step` is the axis already."""
         for key, value in numbers.items():
             if key != "progress/step":
-                self._writer.add_scalar(key, value, global_step=step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(key, value, global_step=step)
 
     def close(self) -> None:
         """Flush and end the event file."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

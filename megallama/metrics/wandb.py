@@ -73,7 +73,7 @@ def _begin(run_dir: Path, *, project: str, mode: str, settings: Mapping[str, Any
     # Imported here: it takes about a second, and a run may do without.
     import wandb
 
-    # An attempt that failed holds the id until its service ends; and silent, because the console is the live line's.
+    # An attempt that failed holds the id until its service ends. Silent: the console is the live line's.
     wandb.teardown()
     wandb.setup(wandb.Settings(silent=True))
     id_file = run_dir / RUN_ID_FILE
@@ -82,7 +82,7 @@ def _begin(run_dir: Path, *, project: str, mode: str, settings: Mapping[str, Any
     return wandb.init(
         project=project,
         id=id_file.read_text(encoding="utf-8").strip(),
-        # An offline run cannot ask the server for its earlier part: each part is a file, `wandb sync --append` joins them.
+        # An offline run cannot ask the server for its earlier part: each part is a file of its own.
         resume="allow" if mode == "online" else None,
         name=run_dir.name,
         dir=run_dir,

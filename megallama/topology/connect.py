@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,12 +27,9 @@ def connect(parallel: ParallelConfig, *, environment: LaunchEnvironment, job_ind
         environment: Rank, world size and rendezvous address, as torchrun sets them.
         job_index: Number of the job in this process (multirun); keeps the rendezvous of two jobs apart.
     """
-    with warnings.catch_warnings():
-        # megatron-core warns at import about each optional package that is absent; our kernels log their choice.
-        warnings.simplefilter("ignore")
-        from megatron.core import parallel_state
+    from megatron.core import parallel_state
 
-        install_cpu_stand_ins()
+    install_cpu_stand_ins()
     tell_libraries(environment)
     has_cuda = torch.cuda.is_available()
     device = torch.device("cuda", environment.local_rank) if has_cuda else torch.device("cpu")

@@ -122,7 +122,7 @@ def test_the_split_belongs_to_the_document_not_to_the_place_or_the_company(
     assert small != valid_texts(tmp_path / "a", seed=2)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=12),
     fraction=st.floats(0.001, 0.999),

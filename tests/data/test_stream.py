@@ -127,17 +127,16 @@ def test_shares_are_exact_to_within_one_sample_everywhere(weights: list[int]) ->
             assert abs(count * total - weight * (index + 1)) < total
 
 
-def test_many_uneven_sources_stay_within_one_sample() -> None:
-    # The plain largest-deficit rule leaves this blend more than one sample behind.
-    weights = [1 / (k + 1) for k in range(20)]
+def test_few_large_and_many_small_sources_stay_within_one_sample() -> None:
+    # The plain largest-deficit rule is up to 1.14 samples off here.
+    weights = [100.0, 50.0, 30.0, *[1.0] * 30]
     blend = Blend(weights)
-    counts: Counter[int] = Counter()
+    counts = [0] * len(weights)
     for index in range(blend.period):
         counts[blend.draw(index)[0]] += 1
-        if index % 7 == 0:
-            for source, share in enumerate(blend.shares):
-                assert abs(counts[source] - share * (index + 1) / blend.period) < 1
-    assert [counts[source] for source in range(20)] == blend.shares
+        for count, share in zip(counts, blend.shares, strict=True):
+            assert abs(count * blend.period - share * (index + 1)) < blend.period
+    assert counts == blend.shares
 
 
 @pytest.mark.parametrize(
@@ -154,7 +153,7 @@ def test_plain_weights_are_kept_exactly(weights: list[float], shares: list[int])
     assert Blend(weights).shares == shares
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(weights=st.lists(st.floats(1e-3, 1e9), min_size=2, max_size=6))
 def test_any_weights_are_kept_to_one_in_many_thousands(weights: list[float]) -> None:
     blend = Blend(weights)

@@ -81,7 +81,7 @@ class Cluster:
         timeout_s: float,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a client command such as sbatch; output is captured, the exit status is the caller's to judge."""
+        """Run a client command such as sbatch; output is captured, the caller judges the exit status."""
         return subprocess.run(
             [str(word) for word in command],
             cwd=cwd,
@@ -169,7 +169,7 @@ def _write_files(folder: Path) -> None:
     (folder / "gres.conf").write_text(
         "".join(f"Name=gpu File={file}\n" for file in GPU_FILES), encoding="utf-8"
     )
-    # slurmd loads a cgroup plugin even if nothing uses it. The first one needs no systemd; "disabled" came with 23.02.
+    # slurmd loads a cgroup plugin even if nothing uses it. v1 needs no systemd; "disabled" came with 23.02.
     plugin = "disabled" if _slurm_version() >= (23, 2) else "cgroup/v1"
     (folder / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n", encoding="utf-8")
 
@@ -213,7 +213,7 @@ def _wait_until(
 ) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not is_ready():
-        ended = [f"{daemon.args[0]} ({daemon.poll()})" for daemon in daemons if daemon.poll() is not None]  # type: ignore[index]
+        ended = [f"{daemon.args!r} ({daemon.poll()})" for daemon in daemons if daemon.poll() is not None]
         if ended or time.monotonic() > deadline:
             what = f"ended early: {', '.join(ended)}" if ended else f"not ready after {START_TIMEOUT_S:.0f} s"
             raise RuntimeError(f"the test cluster did not start ({what}):\n{cluster.logs()}")
@@ -221,7 +221,7 @@ def _wait_until(
 
 
 def _stop(cluster: Cluster, daemons: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Cancel what still runs (a job's processes are not slurmd's to kill when it ends), then end the daemons."""
+    """Cancel what still runs (a job outlives its slurmd), then end the daemons."""
     deadline = time.monotonic() + STOP_TIMEOUT_S
     if len(daemons) > 1:
         cluster.run(["scancel", "--partition=all"], cwd=cluster.folder, timeout_s=20)
