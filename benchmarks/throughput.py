@@ -19,7 +19,15 @@ from dataclasses import dataclass
 
 import torch
 
-from megallama.config.schema import Dtype, ModelConfig, OptimConfig, PrecisionConfig, RunConfig, TrainConfig, ZeroConfig
+from megallama.config.schema import (
+    Dtype,
+    ModelConfig,
+    OptimConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainConfig,
+    ZeroConfig,
+)
 from megallama.engine.build import Engine, build_engine
 from megallama.host.launch import read_launch_environment
 from megallama.model.build import build_model
@@ -50,7 +58,9 @@ class Batch:
 def batches() -> list[Batch]:
     """The same tokens for both."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, MODEL.vocab_size, (MICRO_BATCHES, MICRO_BATCH, SEQ_LEN + 1), generator=generator)
+    tokens = torch.randint(
+        0, MODEL.vocab_size, (MICRO_BATCHES, MICRO_BATCH, SEQ_LEN + 1), generator=generator
+    )
     return [Batch(t[:, :-1], t[:, 1:].contiguous(), torch.ones(MICRO_BATCH, SEQ_LEN)) for t in tokens]
 
 
@@ -91,7 +101,9 @@ def transformers_step(dtype: str) -> Callable[[], float]:
     )
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True
+    )
     data = batches()
 
     def step() -> float:
@@ -166,26 +178,37 @@ def compare(dtype: str, *, rounds: int, block: int, with_profile: bool) -> None:
                 seconds.append((time.perf_counter() - begun) / block)
         parts = [time_parts(engine, ours) for _ in range(3)]
         ratios = [p / o for o, p in zip(ours_s, peer_s, strict=True)]
-        outside = statistics.median(1 - (p["forward"] + p["backward"] + p["optimizer"]) / p["total"] for p in parts)
+        outside = statistics.median(
+            1 - (p["forward"] + p["backward"] + p["optimizer"]) / p["total"] for p in parts
+        )
         print(
             f"{dtype}: megallama {tokens / statistics.median(ours_s):8.0f} tokens/s,"
             f" transformers {tokens / statistics.median(peer_s):8.0f} tokens/s,"
             f" ratio {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f});"
             f" outside forward, backward, optimizer: {outside:.1%}"
         )
-        shares = {k: statistics.median(p[k] / p["total"] for p in parts) for k in ("forward", "backward", "optimizer")}
+        shares = {
+            k: statistics.median(p[k] / p["total"] for p in parts)
+            for k in ("forward", "backward", "optimizer")
+        }
         print("   shares of our step: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
         if with_profile:
             for name, step in (("megallama", ours), ("transformers", peer)):
                 with torch.profiler.profile() as profile:
                     step()
                 print(name)
-                print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=60))
+                print(
+                    profile.key_averages().table(
+                        sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=60
+                    )
+                )
 
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--block", type=int, default=3, help="steps of one alternation")
@@ -193,7 +216,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(
         f"{count_parameters(MODEL, padded=True) / 1e6:.1f}M parameters, seq {SEQ_LEN},"
-        f" {MICRO_BATCHES} x {MICRO_BATCH} sequences a step, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f" {MICRO_BATCHES} x {MICRO_BATCH} sequences a step, {torch.get_num_threads()} threads,"
+        f" torch {torch.__version__}"
     )
     for dtype in arguments.dtype:
         compare(dtype, rounds=arguments.rounds, block=arguments.block, with_profile=arguments.profile)

@@ -25,9 +25,10 @@ RANKS = 2
 PROMPT = 'def read_config(path):\n    """'
 
 PACKAGES = (
-    "asyncio collections concurrent ctypes curses dbm distutils email http importlib json logging multiprocessing"
-    " re sqlite3 tkinter tomllib unittest urllib venv wsgiref xml xmlrpc zipfile zoneinfo"
-).split()
+    *("asyncio", "collections", "concurrent", "ctypes", "curses", "dbm", "distutils", "email", "http"),
+    *("importlib", "json", "logging", "multiprocessing", "re", "sqlite3", "tkinter", "tomllib", "unittest"),
+    *("urllib", "venv", "wsgiref", "xml", "xmlrpc", "zipfile", "zoneinfo"),
+)
 """Folders of the standard library with code of the usual kind; left out are its tests and tables."""
 
 
@@ -96,19 +97,25 @@ def summary(unigram: float, *, seconds: float) -> None:
     """What came out, and what to do next."""
     from megallama.metrics.jsonl import load_metrics
 
-    perplexity = [row["eval/perplexity"] for row in load_metrics(RUN_DIR / "metrics.jsonl") if "eval/perplexity" in row]
+    perplexity = [
+        row["eval/perplexity"] for row in load_metrics(RUN_DIR / "metrics.jsonl") if "eval/perplexity" in row
+    ]
     say("Done")
     print(
-        f"""validation perplexity {perplexity[0]:.0f} -> {perplexity[-1]:.1f} (guessing by frequency alone: {unigram:.0f}), {seconds:.0f} s
+        f"""validation perplexity {perplexity[0]:.0f} -> {perplexity[-1]:.1f}
+guessing by frequency alone: {unigram:.0f}; {seconds:.0f} s in all
 
 The loss plot is {RUN_DIR / "loss.png"}, every number is in {RUN_DIR / "metrics.jsonl"}. Next:
 
   source .venv/bin/activate
   megallama generate {RUN_DIR} --prompt 'import os' --temperature 0
-  torchrun --nproc-per-node 2 launch/train.py +exp=demo train.run_dir=runs/tp2 parallel.tp=2   # same losses, other layout
+  # the same losses in other layouts
+  torchrun --nproc-per-node 2 launch/train.py +exp=demo train.run_dir=runs/tp2 parallel.tp=2
   torchrun --nproc-per-node 2 launch/train.py +exp=demo train.run_dir=runs/pp2 parallel.pp=2
-  megallama tokenizer train my_text/ --vocab-size 8000 --output build/mine/tokenizer           # your own text
-  megallama check +exp=llama2_7b --world-size 64                                              # before a cluster run"""
+  # your own text
+  megallama tokenizer train my_text/ --vocab-size 8000 --output build/mine/tokenizer
+  # before a cluster run
+  megallama check +exp=llama2_7b --world-size 64"""
     )
 
 

@@ -3,7 +3,7 @@
 
 torchrun --nproc-per-node 8 launch/train.py +exp=llama2_7b parallel.tp=8 optim.lr=1e-4
 python launch/train.py +exp=demo                                  one process
-python launch/train.py --multirun +exp=demo optim.lr=1e-3,3e-3    one run after another, in run_dir/0, run_dir/1
+python launch/train.py --multirun +exp=demo optim.lr=1e-3,3e-3    runs one after another, in run_dir/0, ...
 python launch/train.py +exp=demo --cfg job                        only show the settings
 """
 
@@ -28,7 +28,7 @@ from megallama.preflight import check_run
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 
 GRACE_S = 8.0
-"""How long a rank leaves it to rank 0 to report: torchrun ends all ranks of a node as soon as one has ended."""
+"""How long a rank leaves it to rank 0 to report: torchrun ends the ranks of a node when one has ended."""
 
 STAGGER_S = 2.0
 """Between the ranks of a node, so that one message comes from a node on which rank 0 does not run."""
@@ -76,7 +76,7 @@ def load_jobs(options: argparse.Namespace) -> list[RunConfig]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Hydra's flags: those that run something are ours, those that only show something are passed on to Hydra."""
+    """Hydra's flags: what runs something is ours, what only shows something is passed on to Hydra."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--multirun", "-m", action="store_true")

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.log import quiet_libraries
@@ -45,13 +46,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_corpus_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", help="files, globs, or folders of .txt and .jsonl")
     parser.add_argument(
-        "--suffix", action="append", default=[], metavar=".EXT", help="further file endings to take from folders"
+        "--suffix",
+        action="append",
+        default=[],
+        metavar=".EXT",
+        help="further file endings to take from folders",
     )
     parser.add_argument(
         "--documents",
@@ -71,7 +76,9 @@ def _add_tokenizer(commands: Commands) -> None:
     train.add_argument("--output", required=True, help="folder that gets tokenizer.model")
     train.add_argument("--vocab-size", type=int, required=True, help="number of token ids, bytes included")
     train.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe")
-    train.add_argument("--character-coverage", type=float, default=0.9995, help="share of characters with ids")
+    train.add_argument(
+        "--character-coverage", type=float, default=0.9995, help="share of characters with ids"
+    )
     train.add_argument("--sample-mb", type=float, default=100.0, help="most text to train on, in MB")
     train.set_defaults(command=_train_tokenizer)
 
@@ -97,7 +104,9 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
 def _add_prepare(commands: Commands) -> None:
     prepare = commands.add_parser("prepare", help="tokenize text into datasets to train on")
     _add_corpus_options(prepare)
-    prepare.add_argument("--tokenizer", required=True, help="tokenizer.model, tokenizer.json, or their folder")
+    prepare.add_argument(
+        "--tokenizer", required=True, help="tokenizer.model, tokenizer.json, or their folder"
+    )
     prepare.add_argument("--output", required=True, help="folder that gets train.* and valid.*")
     prepare.add_argument("--validation-fraction", type=float, default=0.01)
     prepare.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
@@ -131,7 +140,9 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _add_check(commands: Commands) -> None:
     check = commands.add_parser("check", help="check a run before it is started, as launch/train.py would")
-    check.add_argument("--world-size", type=int, default=None, help="number of ranks; rules that need it are left out")
+    check.add_argument(
+        "--world-size", type=int, default=None, help="number of ranks; rules that need it are left out"
+    )
     check.add_argument("overrides", nargs="*", help="what launch/train.py is given: +exp=... key=value ...")
     check.set_defaults(command=_check)
 
@@ -158,7 +169,9 @@ def _add_generate(commands: Commands) -> None:
     generate.add_argument("--max-new-tokens", type=int, default=200)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     generate.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all")
-    generate.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens of this total probability")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, help="only the likeliest tokens of this total probability"
+    )
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(command=_generate)
 
@@ -169,7 +182,9 @@ def _generate(options: argparse.Namespace) -> None:
     sampling = Sampling(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
     )
-    parts = generate(options.run_dir, options.prompt, max_new_tokens=options.max_new_tokens, sampling=sampling)
+    parts = generate(
+        options.run_dir, options.prompt, max_new_tokens=options.max_new_tokens, sampling=sampling
+    )
     first = next(parts, "")  # errors come before the prompt is shown
     print(options.prompt, end="")
     print(first, end="", flush=True)

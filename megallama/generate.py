@@ -41,7 +41,9 @@ class Sampling:
     def check(self) -> None:
         """Raise UserError for values that make no sense."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"--temperature ({self.temperature}) must be 0 or more: 0 is greedy, 1 samples as trained")
+            raise UserError(
+                f"--temperature ({self.temperature}) must be 0 or more: 0 is greedy, 1 samples as trained"
+            )
         if self.top_k < 0:
             raise UserError(f"--top-k ({self.top_k}) must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
@@ -65,11 +67,15 @@ def open_run(run_dir: Path) -> Iterator[tuple[RunConfig, Stage, Tokenizer]]:
     tokenizer = load_tokenizer(tokenizer_file)
     checkpoint = latest_checkpoint(folder.checkpoints, log=log.warning)
     if checkpoint is None:
-        raise UserError(f"{folder.checkpoints} holds no usable checkpoint: train for at least one checkpoint.interval")
+        raise UserError(
+            f"{folder.checkpoints} holds no usable checkpoint: train for at least one checkpoint.interval"
+        )
     config = dataclasses.replace(trained, parallel=ParallelConfig(), zero=ZeroConfig(stage=0))
     environment = read_launch_environment()
     if environment.world_size != 1:
-        raise UserError(f"generate runs in one process (world size {environment.world_size}): start it without torchrun")
+        raise UserError(
+            f"generate runs in one process (world size {environment.world_size}): start it without torchrun"
+        )
     with connect(config.parallel, environment=environment) as topology:
         stage = build_model(config, topology, is_initialized=False)
         fill_stage(stage, checkpoint)
@@ -91,7 +97,13 @@ def fill_stage(stage: Stage, checkpoint: Path) -> None:
 
 @torch.no_grad()
 def continue_tokens(
-    config: RunConfig, stage: Stage, tokens: list[int], *, eod_id: int, max_new_tokens: int, sampling: Sampling
+    config: RunConfig,
+    stage: Stage,
+    tokens: list[int],
+    *,
+    eod_id: int,
+    max_new_tokens: int,
+    sampling: Sampling,
 ) -> Iterator[int]:
     """New token ids, one by one, until the end of a document or `max_new_tokens`.
 

@@ -1,4 +1,4 @@
-"""Gloo ranks for tests: a forkserver with the heavy packages already imported, so that a rank starts in well under a second.
+"""Gloo ranks for tests, from a forkserver with the heavy packages already imported: a rank starts at once.
 
 `run_ranks(4, function, argument)` calls `function(argument)` on four ranks of one fresh process group and
 returns the four results in rank order. The function must be importable (module level) and its arguments
@@ -37,7 +37,12 @@ def free_port() -> int:
 
 
 def _rank_main(
-    rank: int, world_size: int, port: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    pipe: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -81,13 +86,18 @@ def run_ranks(
             open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
             ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise TimeoutError(f"ranks {sorted(set(range(world_size)) - set(results))} gave no result in {timeout_s} s")
+                raise TimeoutError(
+                    f"ranks {sorted(set(range(world_size)) - set(results))} gave no result in {timeout_s} s"
+                )
             for pipe in ready:
                 rank = pipes.index(pipe)  # type: ignore[arg-type]
                 try:
                     ok, value = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:
-                    ok, value = False, f"process ended without a result (exit code {processes[rank].exitcode})"
+                    ok, value = (
+                        False,
+                        f"process ended without a result (exit code {processes[rank].exitcode})",
+                    )
                 if not ok:
                     raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
                 results[rank] = value

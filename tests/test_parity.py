@@ -29,7 +29,10 @@ LAYOUTS = {
         f"tp2 sp dp2 zero{z}": (4, ["parallel.tp=2", "parallel.sequence_parallel=true", f"zero.stage={z}"])
         for z in range(4)
     },
-    "tp2 sp dp2 pp2": (8, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.pp=2", "zero.stage=2"]),
+    "tp2 sp dp2 pp2": (
+        8,
+        ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.pp=2", "zero.stage=2"],
+    ),
 }
 
 
@@ -53,7 +56,9 @@ def test_layout_equals_one_process(name, oracle, tmp_path):
     world_size, extra = LAYOUTS[name]
     wanted = oracle([word for word in extra if word.startswith("model.")])
     loss, grad_norm = worst_relative(run_job(tmp_path, world_size, *extra), wanted)
-    assert loss <= TOLERANCE and grad_norm <= TOLERANCE, f"{name}: loss {loss:.1e}, gradient norm {grad_norm:.1e}"
+    assert loss <= TOLERANCE and grad_norm <= TOLERANCE, (
+        f"{name}: loss {loss:.1e}, gradient norm {grad_norm:.1e}"
+    )
 
 
 def test_the_runs_that_are_compared_learn(oracle):

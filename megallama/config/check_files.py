@@ -1,4 +1,4 @@
-"""Rules on what lies on disk: data, tokenizer, run folder. What looks into files of other layers is passed in."""
+"""Rules on what lies on disk: data, tokenizer, run folder. Readers of other layers' files are passed in."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def check_sources(config: RunConfig, probes: Probes) -> Iterator[str]:
     """There is something to train on, in known proportions, and it is whole."""
     data = config.data
     if not data.sources:
-        yield "data.sources ([]) must name what to train on: add data.sources=[path/to/prefix], made by `megallama prepare`"
+        yield (
+            "data.sources ([]) must name what to train on: add data.sources=[path/to/prefix],"
+            " made by `megallama prepare`"
+        )
     seen = set()
     for key, sources in (("data.sources", data.sources), ("data.validation", data.validation)):
         for index, source in enumerate(sources):
@@ -88,7 +91,7 @@ def check_vocabulary(config: RunConfig, probes: Probes) -> Iterator[str]:
     if tokenizer and tokenizer.vocab_size != vocab_size:
         yield (
             f"model.vocab_size ({vocab_size}) must be the tokenizer's ({tokenizer.vocab_size} in {path}):"
-            f" set model.vocab_size={tokenizer.vocab_size} or data.tokenizer to the file that belongs to the model"
+            f" set model.vocab_size={tokenizer.vocab_size}, or data.tokenizer to the file of the model"
         )
     for source in {source.path: source for source in config.data.sources + config.data.validation}.values():
         try:
@@ -99,13 +102,15 @@ def check_vocabulary(config: RunConfig, probes: Probes) -> Iterator[str]:
             continue
         if tokenizer and manifest.tokenizer_sha256 != tokenizer.sha256:
             yield (
-                f"data {source.path} was made with another tokenizer ({manifest.tokenizer_name}) than data.tokenizer"
-                f" ({tokenizer.name} in {path}): prepare it again, or set data.tokenizer to the file it was made with"
+                f"data {source.path} was made with another tokenizer ({manifest.tokenizer_name}) than"
+                f" data.tokenizer ({tokenizer.name} in {path}): prepare it again, or set data.tokenizer to"
+                " the file that it was made with"
             )
         elif not tokenizer and manifest.vocab_size > vocab_size:
             yield (
                 f"model.vocab_size ({vocab_size}) is too small for data {source.path} (made with"
-                f" {manifest.tokenizer_name}, {manifest.vocab_size} ids): set model.vocab_size={manifest.vocab_size}"
+                f" {manifest.tokenizer_name}, {manifest.vocab_size} ids): set"
+                f" model.vocab_size={manifest.vocab_size}"
             )
 
 
@@ -119,7 +124,10 @@ def check_run_dir(config: RunConfig) -> Iterator[str]:
     if not existing.is_dir():
         yield f"train.run_dir ({path}) cannot be a folder: {which} is a file; choose another train.run_dir"
     elif not os.access(existing, os.W_OK | os.X_OK):
-        yield f"train.run_dir ({path}) cannot be written: no permission in {which}; choose another train.run_dir"
+        yield (
+            f"train.run_dir ({path}) cannot be written: no permission in {which};"
+            " choose another train.run_dir"
+        )
 
 
 def check_same_model(config: RunConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Rules on how a model and its batch are cut over ranks. All of them divide by sizes, which must be positive."""
+"""Rules on how a model and its batch are cut over ranks. Most divide by sizes, which must be positive."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_heads_over_tp(config: RunConfig) -> Iterator[str]:
         width = (model.num_heads + 2 * kv_heads) * (model.head_dim or model.hidden_size // model.num_heads)
         if width % tp:
             yield (
-                f"the width of query, key and value together (({model.num_heads} + 2 x {kv_heads}) heads = {width})"
+                f"the width of query, key and value ({model.num_heads} + 2 x {kv_heads} heads = {width})"
                 f" must be a multiple of parallel.tp ({tp}): use parallel.tp={_divisors(width, tp)}"
             )
 
@@ -69,7 +69,8 @@ def check_widths_over_tp(config: RunConfig) -> Iterator[str]:
     if model.ffn_hidden_size % tp:
         yield (
             f"model.ffn_hidden_size ({model.ffn_hidden_size}) must be a multiple of parallel.tp ({tp}):"
-            f" use parallel.tp={_divisors(model.ffn_hidden_size, tp)} or {nearest_multiples(model.ffn_hidden_size, tp)}"
+            f" use parallel.tp={_divisors(model.ffn_hidden_size, tp)},"
+            f" or a width of {nearest_multiples(model.ffn_hidden_size, tp)}"
         )
     rows = padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple)
     if rows % tp:
@@ -85,7 +86,8 @@ def check_layers_over_pp(config: RunConfig) -> Iterator[str]:
     layers, pp = config.model.num_layers, config.parallel.pp
     if layers % pp:
         yield (
-            f"model.num_layers ({layers}) must be a multiple of parallel.pp ({pp}): use parallel.pp={_divisors(layers, pp)}"
+            f"model.num_layers ({layers}) must be a multiple of parallel.pp ({pp}):"
+            f" use parallel.pp={_divisors(layers, pp)}"
         )
 
 
@@ -95,11 +97,11 @@ def check_sequence_parallel(config: RunConfig) -> Iterator[str]:
     if not config.parallel.sequence_parallel:
         return
     if tp == 1:
-        yield "parallel.sequence_parallel (true) needs parallel.tp (1) above 1: set it to false or raise parallel.tp"
+        yield "parallel.sequence_parallel (true) needs parallel.tp (1) above 1: set it to false or raise tp"
     elif seq_len % tp:
         yield (
-            f"train.seq_len ({seq_len}) must be a multiple of parallel.tp ({tp}) with parallel.sequence_parallel:"
-            f" use {nearest_multiples(seq_len, tp)}"
+            f"train.seq_len ({seq_len}) must be a multiple of parallel.tp ({tp}) with"
+            f" parallel.sequence_parallel=true: use {nearest_multiples(seq_len, tp)}"
         )
 
 
@@ -114,14 +116,15 @@ def check_combinations(config: RunConfig) -> Iterator[str]:
         yield f"zero.stage ({stage}) must be 0, 1, 2 or 3: 1 shards the optimizer state and suits most runs"
     if stage == 3 and parallel.pp > 1:
         yield (
-            f"zero.stage (3) needs parallel.pp ({parallel.pp}) = 1: fetching sharded parameters, DeepSpeed compares"
-            " notes over all ranks, which deadlocks when pipeline stages run different schedules;"
+            f"zero.stage (3) needs parallel.pp ({parallel.pp}) = 1: DeepSpeed compares its parameter fetches"
+            " over all ranks, which deadlocks when pipeline stages run different schedules;"
             " use zero.stage=2 or parallel.pp=1"
         )
     if config.model.tie_embeddings and parallel.pp > 1:
         yield (
-            f"model.tie_embeddings (true) needs parallel.pp ({parallel.pp}) = 1 so far: first and last stage would hold"
-            " a copy each, and their gradients are not summed under ZeRO yet; use parallel.pp=1 and a larger parallel.tp"
+            f"model.tie_embeddings (true) needs parallel.pp ({parallel.pp}) = 1 so far: first and last stage"
+            " would hold a copy each, and their gradients are not summed under ZeRO yet;"
+            " use parallel.pp=1 and a larger parallel.tp"
         )
 
 

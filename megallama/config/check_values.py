@@ -97,9 +97,9 @@ def check_ratios(config: RunConfig) -> Iterator[str]:
         yield f"optim.min_lr_ratio ({optim.min_lr_ratio}) must be in [0, 1]: it is a share of optim.lr"
     for name, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         if not 0 <= beta < 1:
-            yield f"optim.{name} ({beta}) must be in [0, 1): usual values are 0.9 for beta1 and 0.95 for beta2"
+            yield f"optim.{name} ({beta}) must be in [0, 1): usual are 0.9 for beta1 and 0.95 for beta2"
     if not 0 <= config.model.hidden_dropout < 1:
-        yield f"model.hidden_dropout ({config.model.hidden_dropout}) must be in [0, 1): 0 switches dropout off"
+        yield f"model.hidden_dropout ({config.model.hidden_dropout}) must be in [0, 1): 0 switches it off"
 
 
 def check_loss_scale(config: RunConfig) -> Iterator[str]:
@@ -128,8 +128,8 @@ def check_schedule(config: RunConfig) -> Iterator[str]:
         )
     elif optim.warmup_steps < steps < optim.warmup_steps + optim.decay_steps:
         yield (
-            f"optim.warmup_steps + optim.decay_steps ({optim.warmup_steps} + {optim.decay_steps}) must not exceed"
-            f" train.steps ({steps}): shorten one of them or train longer"
+            f"optim.warmup_steps + optim.decay_steps ({optim.warmup_steps} + {optim.decay_steps}) must not"
+            f" exceed train.steps ({steps}): shorten one of them or train longer"
         )
 
 
@@ -138,13 +138,13 @@ def check_heads(config: RunConfig) -> Iterator[str]:
     model = config.model
     if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
         yield (
-            f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.num_kv_heads}):"
-            " change one of them"
+            f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads"
+            f" ({model.num_kv_heads}): change one of them"
         )
     if model.head_dim is None and model.hidden_size % model.num_heads:
         yield (
-            f"model.hidden_size ({model.hidden_size}) must be a multiple of model.num_heads ({model.num_heads})"
-            " while model.head_dim is null: change one of them or set model.head_dim"
+            f"model.hidden_size ({model.hidden_size}) must be a multiple of model.num_heads"
+            f" ({model.num_heads}) while model.head_dim is null: change one of them or set model.head_dim"
         )
     elif (model.head_dim or model.hidden_size // model.num_heads) % 2:
         width = model.head_dim or model.hidden_size // model.num_heads

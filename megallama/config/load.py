@@ -1,4 +1,4 @@
-"""From `conf/` and a command line to one frozen `RunConfig`, and to and from the `config.yaml` of a run folder."""
+"""From `conf/` and a command line to one frozen `RunConfig`; to and from the `config.yaml` of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 ROOT = "config"
 """Name of the file in `conf/` where composition begins."""
 
-# Plain values, not the dataclasses: Hydra cannot override inside frozen ones, and types are checked by `typed`.
+# Plain values, not the dataclasses: Hydra cannot override in frozen ones, and `typed` checks the types.
 ConfigStore.instance().store(name="schema", node=defaults(RunConfig))
 
 
@@ -206,9 +206,12 @@ def _origin(overrides: Sequence[Override]) -> str:
 
 
 def _missing(keys: list[str], *, models: list[str], exps: list[str]) -> list[str]:
-    """One message for all mandatory settings that have no value."""
+    """One message for all mandatory settings that have no value, and one for each part of a list."""
+    in_lists = [key for key in keys if key.count(".") > 1]
+    messages = [f"{key} has no value: give every source a path" for key in in_lists]
+    keys = [key for key in keys if key not in in_lists]
     if not keys:
-        return []
+        return messages
     mandatory = [f"model.{name}" for name, value in defaults(RunConfig)["model"].items() if value == "???"]
     if set(mandatory) <= set(keys):
         keys = ["model", *(key for key in keys if key not in mandatory)]
@@ -216,7 +219,7 @@ def _missing(keys: list[str], *, models: list[str], exps: list[str]) -> list[str
     if "model" in keys:
         examples.append(f"model=<name> ({listing(models)})")
     examples += [f"{key}=<{_placeholder(key)}>" for key in keys if key != "model"]
-    return [
+    return messages + [
         f"{', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no value: add {' '.join(examples)},"
         f" or start from a complete run with +exp=<name> ({listing(exps)})"
     ]

@@ -1,4 +1,4 @@
-"""Words of the command line (`optim.lr=1e-4 +exp=demo`) checked and brought into the form that Hydra composes.
+"""Words of the command line (`optim.lr=1e-4 +exp=demo`), checked and brought into Hydra's form.
 
 Checking before Hydra does lets every mistake be named at once and in our own words.
 """
@@ -54,8 +54,8 @@ def parse_overrides(
             (override,) = parser.parse_overrides([_for_hydra(word)])
         except HydraException:
             result.problems.append(
-                f"override {word!r} cannot be read: write section.setting=value, and quote a value with special"
-                " characters twice, as in \"train.run_dir='a, b'\""
+                f"override {word!r} cannot be read: write section.setting=value, and quote a value with"
+                " special characters twice, as in \"train.run_dir='a, b'\""
             )
             continue
         problem = _problem(override, word=word, group_options=group_options, allow_sweep=allow_sweep)
@@ -101,9 +101,15 @@ def _problem(
         return _group_problem(override, group_options=group_options)
     if re.match(r"data\.(sources|validation)[.\[]", key):
         whole = key[: key.index(".") + 1] + re.split(r"[.\[]", key)[1]
-        return f"{key} is a part of a list: give the list whole, as in {whole}='[{{path: a, weight: 2}}, {{path: b}}]'"
+        example = f"{whole}='[{{path: a, weight: 2}}, {{path: b}}]'"
+        return f"{key} is a part of a list: give the list whole, as in {example}"
     if key not in field_types(RunConfig) and key not in setting_keys():
         return unknown_key(key)
+    value = None if override.is_sweep_override() else override.value()
+    wrong = [f"{key}.{name}" for name in value] if isinstance(value, dict) else []
+    wrong = [name for name in wrong if name not in setting_keys()]
+    if wrong:
+        return unknown_key(wrong[0])
     if override.is_add():
         return f"{word}: {key} exists already: write it without +"
     return None

@@ -220,11 +220,11 @@ class DataConfig:
     """What is trained on."""
 
     sources: list[SourceConfig] = field(default_factory=list)
-    """Training data."""
+    """Training data: a list of `{path, weight}`; plain text stands for a path of weight 1."""
     validation: list[SourceConfig] = field(default_factory=list)
-    """Validation data; empty: no evaluation."""
+    """Validation data, written likewise; empty: no evaluation."""
     tokenizer: str | None = None
-    """Tokenizer file; its vocabulary is checked against model and data, and the run folder gets a copy for sampling."""
+    """Tokenizer file; its vocabulary is checked against model and data. The run folder gets a copy."""
 
 
 @dataclass(frozen=True)
@@ -249,8 +249,10 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Which implementation computes what. `auto` takes the best that runs here and logs its choice;
-    an explicit name that cannot run is an error."""
+    """Which implementation computes what.
+
+    `auto` takes the best that runs here and logs its choice; an explicit name that cannot run is an error.
+    """
 
     attention: AttentionKernel = AttentionKernel.auto
     """Core attention."""

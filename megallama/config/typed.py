@@ -93,9 +93,8 @@ def defaults(cls: type[Any]) -> dict[str, Any]:
     tree = {}
     for field in dataclasses.fields(cls):
         annotation = field_types(cls)[field.name]
-        tree[field.name] = (
-            defaults(annotation) if dataclasses.is_dataclass(annotation) else plain(_default(field))
-        )
+        is_section = dataclasses.is_dataclass(annotation)
+        tree[field.name] = defaults(annotation) if is_section else plain(_default(field))
     return tree
 
 

@@ -18,7 +18,8 @@ def parameter_groups(
     parameters: Iterable[tuple[str, torch.nn.Parameter]], *, weight_decay: float
 ) -> list[dict[str, object]]:
     """Matrices and embeddings with decay, norms and biases (one dimension) without."""
-    decayed, spared = [], []
+    decayed: list[torch.nn.Parameter] = []
+    spared: list[torch.nn.Parameter] = []
     for _, parameter in parameters:
         (decayed if parameter.dim() > 1 else spared).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""The seam between the loop and everything parallel: `train_step`, `eval_step`, and the state that a checkpoint holds."""
+"""The seam between the loop and everything parallel: `train_step`, `eval_step`, and a checkpoint's state."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from megallama.engine.adam import build_adam, parameter_groups
 from megallama.engine.fragment import Fragment
 from megallama.engine.learning_rate import learning_rate
 from megallama.engine.schedule import ScheduledStage, run_schedule
-from megallama.engine.state import check_fragments, load_counters, own_fragments, prepare_state, publish_masters
+from megallama.engine.state import (
+    check_fragments,
+    load_counters,
+    own_fragments,
+    prepare_state,
+    publish_masters,
+)
 from megallama.engine.state import counters as state_counters
 from megallama.engine.step import EvalResult, MicroBatch, StepResult
 from megallama.engine.zero import ZeroEngine
 from megallama.model.build import Stage
+from megallama.model.layout import Piece
 from megallama.topology.groups import Topology
 from megallama.topology.rng import seed_streams
 
@@ -81,7 +88,7 @@ class Engine:
         return EvalResult(loss_sum=total, num_tokens=tokens)
 
     @property
-    def layout(self) -> dict[str, tuple[object, ...]]:
+    def layout(self) -> dict[str, tuple[Piece, ...]]:
         """Canonical pieces of every local parameter, by name."""
         return dict(self._stage.layout)
 

@@ -44,7 +44,7 @@ def own_fragments(zero: ZeroEngine, module: torch.nn.Module) -> Iterator[Fragmen
         begin = size * dist.get_rank(optimizer.real_dp_process_group[index])
         tensors = {"fp32": master, **_moments(optimizer, master)}
         for parameter in parameters:
-            offset = parameter.data.storage_offset() - low.storage_offset()
+            offset = int(parameter.data.storage_offset() - low.storage_offset())
             first, last = max(offset, begin), min(offset + parameter.numel(), begin + size)
             if first < last:
                 views = {k: t.detach().narrow(0, first - begin, last - first) for k, t in tensors.items()}
@@ -75,7 +75,9 @@ def check_fragments(zero: ZeroEngine, module: torch.nn.Module) -> None:
         else:
             low = parameter.detach().view(-1)[fragment.start : fragment.start + fragment.numel]
         master = fragment.views["fp32"].to(low.dtype)
-        assert torch.equal(low, master), f"{fragment.param_name}: DeepSpeed's buffers are not laid out as expected"
+        assert torch.equal(low, master), (
+            f"{fragment.param_name}: DeepSpeed's buffers are not laid out as expected"
+        )
         covered += fragment.numel
     total = torch.tensor(covered, dtype=torch.int64, device=zero.device)
     dist.all_reduce(total, group=zero.shard_group)
@@ -119,7 +121,9 @@ def load_counters(zero: ZeroEngine, numbers: dict[str, float | int]) -> None:
         state = optimizer.optimizer.state[flat]
         step = state["step"]
         state["step"] = (
-            torch.full_like(step, numbers["adam_step"]) if torch.is_tensor(step) else int(numbers["adam_step"])
+            torch.full_like(step, numbers["adam_step"])
+            if torch.is_tensor(step)
+            else int(numbers["adam_step"])
         )
     if "loss_scale" in numbers:
         scaler = optimizer.loss_scaler

@@ -77,7 +77,12 @@ class ZeroEngine:
     """DeepSpeed's engine round one pipeline stage, with the calls that the schedule and the step need."""
 
     def __init__(
-        self, stage: torch.nn.Module, optimizer: torch.optim.Optimizer, *, config: RunConfig, topology: Topology
+        self,
+        stage: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        config: RunConfig,
+        topology: Topology,
     ) -> None:
         self.stage_number = config.zero.stage
         self._topology = topology
@@ -173,7 +178,9 @@ class ZeroEngine:
         if group.size() == 1:
             return
         optimizer = self.optimizer
-        if hasattr(optimizer, "fp32_groups_gradients_flat"):  # BF16_Optimizer accumulates in flat fp32 buffers
+        if hasattr(
+            optimizer, "fp32_groups_gradients_flat"
+        ):  # BF16_Optimizer accumulates in flat fp32 buffers
             for flat in optimizer.fp32_groups_gradients_flat:
                 dist.all_reduce(flat, group=group)
             return

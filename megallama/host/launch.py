@@ -1,4 +1,4 @@
-"""What the launcher tells this process through the environment. The only reader of `os.environ` in the package."""
+"""What the launcher tells this process. The only reader of `os.environ` in the package."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def read_launch_environment(variables: Mapping[str, str] | None = None) -> Launc
         raise UserError(f"WORLD_SIZE ({world_size}) must be at least 1: {_LAUNCHED_BY}")
     if not 1 <= local_world_size <= world_size:
         raise UserError(
-            f"LOCAL_WORLD_SIZE ({local_world_size}) must be between 1 and WORLD_SIZE ({world_size}): {_LAUNCHED_BY}"
+            f"LOCAL_WORLD_SIZE ({local_world_size}) must be between 1 and WORLD_SIZE ({world_size}):"
+            f" {_LAUNCHED_BY}"
         )
     for name, value, size_name, size in (
         ("RANK", rank, "WORLD_SIZE", world_size),
@@ -107,8 +108,8 @@ def _refuse_other_launchers(env: Mapping[str, str]) -> None:
         count = env.get(name, "1")
         if count.isdecimal() and int(count) > 1:
             raise UserError(
-                f"{launcher} started {count} copies of this process ({name}={count}) without RANK and WORLD_SIZE:"
-                " let it start torchrun once on each node, as slurm/pretrain_7b.sh does"
+                f"{launcher} started {count} copies of this process ({name}={count}) without RANK and"
+                " WORLD_SIZE: let it start torchrun once on each node, as slurm/pretrain_7b.sh does"
             )
 
 

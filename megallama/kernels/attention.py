@@ -36,7 +36,9 @@ def attention_sdpa(
 ) -> torch.Tensor:
     """Causal attention on torch's fused kernels (flash on CPU; flash, cuDNN or efficient on CUDA). Returns BNSD."""
     grouped = q_BNSD.size(1) != k_BKSD.size(1)
-    return F.scaled_dot_product_attention(q_BNSD, k_BKSD, v_BKSD, is_causal=True, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q_BNSD, k_BKSD, v_BKSD, is_causal=True, scale=scale, enable_gqa=grouped
+    )
 
 
 BACKENDS: dict[str, AttentionFunction] = {"sdpa": attention_sdpa, "reference": attention_reference}

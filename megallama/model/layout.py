@@ -53,7 +53,9 @@ def canonical_layout(module: torch.nn.Module) -> dict[str, tuple[Piece, ...]]:
         layout[names[id(entry.data)]] = tuple(_piece(shard, entry.data) for shard in shards)
     for name, parameter in module.named_parameters():
         covered = sum(math.prod(piece.shape) for piece in layout.get(name, ()))
-        assert covered == parameter.numel(), f"{name}: layout covers {covered} of {parameter.numel()} elements"
+        assert covered == parameter.numel(), (
+            f"{name}: layout covers {covered} of {parameter.numel()} elements"
+        )
     return layout
 
 

@@ -84,6 +84,8 @@ class SwigluMlp(MLP):
         return out, None
 
 
-def with_kernel(module: type[torch.nn.Module], kernel: AttentionFunction | NormFunction) -> type[torch.nn.Module]:
+def with_kernel(
+    module: type[torch.nn.Module], kernel: AttentionFunction | NormFunction
+) -> type[torch.nn.Module]:
     """A subclass of `module` bound to `kernel`: megatron-core's specs take classes, not instances."""
     return type(module.__name__, (module,), {"kernel": staticmethod(kernel)})

@@ -19,7 +19,9 @@ TIMEOUT = timedelta(minutes=30)
 
 
 @contextmanager
-def connect(parallel: ParallelConfig, *, environment: LaunchEnvironment, job_index: int = 0) -> Iterator[Topology]:
+def connect(
+    parallel: ParallelConfig, *, environment: LaunchEnvironment, job_index: int = 0
+) -> Iterator[Topology]:
     """Process groups of this job; they are torn down at the end, so that a process can run several jobs.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -22,6 +23,7 @@ from megallama.config.schema import ModelConfig, RunConfig
 from megallama.data.build import TokenlessLoader
 from megallama.data.loader import DataLoader
 from megallama.engine.build import Engine
+from megallama.host.errors import UserError
 from megallama.host.launch import LaunchEnvironment
 from megallama.host.log import start_log, stop_log
 from megallama.topology.groups import Topology
@@ -41,16 +43,25 @@ NOT_OF_THE_SHAPE = {"name", "hidden_dropout", "init_std", "max_seq_len"}
 def open_run_folder(config: RunConfig, topology: Topology) -> Iterator[RunFolder]:
     """The run folder with this run's configuration and tokenizer, and a log for every rank."""
     folder = RunFolder(Path(config.train.run_dir))
-    if topology.rank == 0:
-        tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
-        folder.write_start(config_yaml=to_yaml(config), tokenizer=tokenizer)
-    dist.barrier(group=topology.host_group)
-    handler = start_log(folder.logs, rank=topology.rank)
-    try:
+    with contextlib.ExitStack() as stack:
+        refusal: list[UserError | None] = [None]
+        if topology.rank == 0:
+            try:
+                stack.enter_context(folder.lock())
+                tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
+                folder.write_start(config_yaml=to_yaml(config), tokenizer=tokenizer)
+            except OSError as error:
+                refusal = [UserError(f"train.run_dir ({folder.path}) cannot be written ({error.strerror})")]
+            except UserError as error:
+                refusal = [error]
+        # Every rank learns of it, so that none waits for the others.
+        dist.broadcast_object_list(refusal, src=0, group=topology.host_group)
+        if refusal[0] is not None:
+            raise refusal[0]
+        handler = start_log(folder.logs, rank=topology.rank)
+        stack.callback(stop_log, handler)
         log.info("rank %d of %d, %s, %s", topology.rank, topology.world_size, topology.grid, topology.device)
         yield folder
-    finally:
-        stop_log(handler)
 
 
 def build_trainer(
@@ -105,7 +116,9 @@ class CheckpointStore:
         path = latest_checkpoint(self._folder.checkpoints, log=log.warning, group=group)
         if path is None:
             return TrainState()
-        stored = load_checkpoint(path, tensors=self._tensors(), model=model_facts(self._config.model), group=group)
+        stored = load_checkpoint(
+            path, tensors=self._tensors(), model=model_facts(self._config.model), group=group
+        )
         self._engine.restore(_numbers(stored["engine"]))
         state = TrainState.from_json(_numbers(stored["progress"]))
         self._saved_step = state.step

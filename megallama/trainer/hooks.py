@@ -47,7 +47,12 @@ class EvalHook(Hook):
     """Validation loss and perplexity every `interval` steps and after the last."""
 
     def __init__(
-        self, engine: EvalEngine, batches: Callable[[], Sequence[Sequence[Any]]], *, interval: int, last_step: int
+        self,
+        engine: EvalEngine,
+        batches: Callable[[], Sequence[Sequence[Any]]],
+        *,
+        interval: int,
+        last_step: int,
     ) -> None:
         self._engine = engine
         self._batches = batches

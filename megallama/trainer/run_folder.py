@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+from megallama.host.errors import UserError
 
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 
@@ -41,6 +46,33 @@ class RunFolder:
         files = (self.tokenizer_folder / name for name in TOKENIZER_NAMES)
         return next((file for file in files if file.is_file()), None)
 
+    def lock(self) -> BinaryIO:
+        """Claim the folder for this run until the returned file is closed or the process ends.
+
+        A launcher that was killed can leave its ranks running; two runs would mix their files.
+
+        Raises:
+            UserError: another run holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = open(self.path / ".lock", "a+b")  # noqa: SIM115 - it stays open as long as the run lasts
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode(errors="replace") or "unknown"
+            file.close()
+            raise UserError(
+                f"train.run_dir ({self.path}) is in use by another run ({holder}): wait for it, end it, or"
+                " choose another train.run_dir"
+            ) from None
+        except OSError:
+            return file  # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
+        return file
+
     def write_start(self, *, config_yaml: str, tokenizer: Path | None) -> None:
         """Write the configuration, and copy the tokenizer so that the folder is whole without its sources."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -49,7 +81,9 @@ class RunFolder:
             return
         source = next((f for n in TOKENIZER_NAMES if (f := tokenizer / n).is_file()), tokenizer)
         self.tokenizer_folder.mkdir(exist_ok=True)
-        target = self.tokenizer_folder / (TOKENIZER_NAMES[1] if source.suffix == ".json" else TOKENIZER_NAMES[0])
+        target = self.tokenizer_folder / (
+            TOKENIZER_NAMES[1] if source.suffix == ".json" else TOKENIZER_NAMES[0]
+        )
         partial = target.with_name(target.name + ".partial")
         shutil.copyfile(source, partial)
         os.replace(partial, target)

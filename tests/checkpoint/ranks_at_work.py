@@ -72,7 +72,7 @@ def full_disk_on_rank(directory: Path, layout: Layout, full_rank: int) -> tuple[
     """Saves while the disk of one rank fills up in the middle of its file: (type, text) of the error."""
     dist.init_process_group("gloo")
     if dist.get_rank() == full_rank:
-        storage.write_all = _fails_after(storage.write_all, calls=5)  # type: ignore[attr-defined]
+        setattr(storage, "write_all", _fails_after(disk.write_all, calls=5))  # noqa: B010
     return error_of(lambda: save(directory, layout, 2))
 
 
@@ -127,26 +127,18 @@ MOMENTS = (
 
 
 def _arm(moment: str) -> None:
-    if moment == "before the first byte":
-        storage._DataFile.append = _die  # type: ignore[assignment, method-assign]
-    elif moment == "within a data file":
-        storage.write_all = _dies_after(storage.write_all, calls=7)  # type: ignore[attr-defined]
-    elif moment == "before the index":
-        storage.write_file = _die  # type: ignore[attr-defined]
-    elif moment == "within the index":
-        disk.write_all = _dies_halfway
-    elif moment == "before the manifest":
-        store.write_manifest = _die  # type: ignore[attr-defined]
-    elif moment == "within the manifest":
-        protocol.write_file = lambda path, raw: (path.write_bytes(raw[: len(raw) // 2]), _die())  # type: ignore[attr-defined]
-    elif moment == "before the rename":
-        store.publish = _die  # type: ignore[attr-defined]
-    elif moment == "between the renames":
-        protocol.os = _DiesAtSecondReplace()  # type: ignore[attr-defined]
-    elif moment == "within the removal of old ones":
-        protocol.shutil.rmtree = _dies_in_removal  # type: ignore[attr-defined]
-    else:
-        raise AssertionError(moment)
+    place, name, value = {
+        "before the first byte": (storage._DataFile, "append", _die),
+        "within a data file": (storage, "write_all", _dies_after(disk.write_all, calls=7)),
+        "before the index": (storage, "write_file", _die),
+        "within the index": (disk, "write_all", _dies_halfway),
+        "before the manifest": (store, "write_manifest", _die),
+        "within the manifest": (protocol, "write_file", _writes_half_and_dies),
+        "before the rename": (store, "publish", _die),
+        "between the renames": (protocol, "os", _DiesAtSecondReplace()),
+        "within the removal of old ones": (protocol.shutil, "rmtree", _dies_in_removal),  # type: ignore[attr-defined]
+    }[moment]
+    setattr(place, name, value)
 
 
 class _DiesAtSecondReplace:
@@ -169,6 +161,11 @@ def _dies_in_removal(path: Path, ignore_errors: bool = False) -> None:
 
 def _die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _writes_half_and_dies(path: Path, raw: bytes) -> None:
+    path.write_bytes(raw[: len(raw) // 2])
+    _die()
 
 
 def _dies_halfway(fd: int, data: memoryview) -> None:

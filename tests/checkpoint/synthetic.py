@@ -1,4 +1,4 @@
-"""A small model's optimizer state without a model: canonical tensors, cut over tp and ZeRO ranks as the engine does.
+"""A small model's optimizer state without a model: canonical tensors, cut over tp and ZeRO ranks.
 
 Every rank flattens its local parameters into one padded buffer and owns an equal slice of it, so slices begin
 and end anywhere. The values of the canonical tensors follow from their names.

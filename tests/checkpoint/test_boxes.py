@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.checkpoint.boxes import build_boxes, cover_problem, split_range
+from megallama.engine.fragment import Fragment
+from megallama.model.layout import Piece
 from tests.checkpoint.synthetic import KINDS, SHAPES, Layout, boxes_of, canonical, wrong_elements
 
 
@@ -85,9 +87,6 @@ def test_owners_together_hold_every_element_once(layout: Layout) -> None:
 
 
 def test_boxes_are_views_of_the_state() -> None:
-    from megallama.engine.fragment import Fragment
-    from megallama.model.layout import Piece
-
     flat = torch.zeros(12)
     layout = {"w": [Piece("w", (4, 3), (0, 0), (4, 3), 0, True)]}
     boxes = build_boxes([Fragment("w", 0, 12, {"fp32": flat}, True)], layout, cap_elements=None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -209,8 +210,6 @@ def test_a_manifest_is_not_believed(directory: Path, lie: str) -> None:
         load(path, Layout(1, 1))
         raise DamagedError("only a digest tells")  # loading takes latest_checkpoint's word for the contents
     [problem, *_] = verify_checkpoint(path)
-    import re
-
     assert re.search(text, problem), problem
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.checkpoint import disk, store
+from megallama.checkpoint import store
 from megallama.checkpoint.protocol import find_checkpoints, remove_old
 from megallama.checkpoint.verify import verify_checkpoint
 from megallama.host.errors import UserError
@@ -103,7 +103,7 @@ def test_too_little_space_is_known_before_anything_is_written(
 ) -> None:
     save(tmp_path, ONE, 1)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     monkeypatch.setattr(store, "start_temporary", lambda *_, **__: pytest.fail("began to write"))
     with pytest.raises(UserError, match=r"too full; \d{6} bytes needed, 1000 free\): free some space"):
         save(tmp_path, ONE, 2)
@@ -118,7 +118,7 @@ def test_a_place_that_cannot_be_a_directory(tmp_path: Path) -> None:
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = os.write
-    monkeypatch.setattr(disk.os, "write", lambda fd, data: original(fd, data[: max(1, len(data) // 3)]))
+    monkeypatch.setattr(os, "write", lambda fd, data: original(fd, data[: max(1, len(data) // 3)]))
     path = save(tmp_path, ONE, 1)
     monkeypatch.undo()
     assert verify_checkpoint(path) == []

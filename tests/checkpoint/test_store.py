@@ -1,12 +1,15 @@
 """Saving and loading across layouts and numbers of ranks."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from megallama.checkpoint import disk, storage
 from megallama.checkpoint.agreement import CheckpointError
 from megallama.checkpoint.boxes import BoxedTensor, split_range
 from megallama.checkpoint.protocol import read_index, read_manifest
@@ -124,13 +127,10 @@ def test_a_reader_of_part_of_a_box_reads_only_its_rows(
         tmp_path, step=1, tensors={"fp32/w": _whole("fp32/w", whole)}, state={}, model={}, keep=0
     )
     read: list[int] = []
-    from megallama.checkpoint import storage
-
-    original = storage.read_exactly
 
     def counting(fd: int, buffer: memoryview, *, position: int, name: str) -> None:
         read.append(len(buffer))
-        original(fd, buffer, position=position, name=name)
+        disk.read_exactly(fd, buffer, position=position, name=name)
 
     monkeypatch.setattr(storage, "read_exactly", counting)
     for part, bytes_read in (((slice(10, 12),), 2 * 16384), ((slice(None), slice(0, 2048)), 64 * 8192)):
@@ -184,10 +184,6 @@ def test_state_that_would_come_back_changed_is_refused(tmp_path: Path, state: di
 
 def test_the_specification_suffices_to_read_a_checkpoint(saved_by_four: Path) -> None:
     """A reader written from docs/checkpoint-format.md alone, with nothing of megallama."""
-    import hashlib
-
-    import numpy as np
-
     raw = (saved_by_four / "manifest.json").read_bytes()
     manifest = json.loads(raw)
     head = raw[: raw.rindex(b'"checksum"')]

@@ -135,25 +135,25 @@ def test_reading_ahead_happens_and_changes_nothing(prefix: str, monkeypatch: pyt
     assert {1, 2} & set(in_front) == set(), "steps in a row are read in the background"
 
 
-def test_a_wrong_token_is_named_where_it_is_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offset", [1, 7, 13, 19])
+@pytest.mark.parametrize("token", [2100, -1])
+def test_a_wrong_token_is_named_where_it_is_used(tmp_path: Path, offset: int, token: int) -> None:
     rows = np.arange(2100).reshape(100, 21)
-    rows[37, 5] = 2100
-    path = write_tokens(tmp_path / "坏", rows.tolist())
-    loader = loader_of(path, steps=100)
-    message = r"token id 2100 in .*坏 \(document 37, offset 5\) is outside model.vocab_size \(2100\)"
+    rows[37, offset] = token
+    loader = loader_of(write_tokens(tmp_path / "坏", rows.tolist()), global_batch_size=1)
+    message = (
+        rf"token id {token} in .*坏 \(document 37, offset {offset}\) is outside model.vocab_size \(2100\)"
+    )
     failed = []
-    for step in range(17):
+    for step in range(2099 // 10):
         try:
             loader.batches(step)
         except UserError as error:
-            assert re.search(message, str(error))
+            assert re.search(message, str(error)), error
             failed.append(step)
-    assert len(failed) == 1
-    rows[37, 5] = -1
-    loader = loader_of(write_tokens(tmp_path / "负", rows.tolist()))
-    with pytest.raises(UserError, match="token id -1 in .*负"):
-        for step in range(17):
-            loader.batches(step)
+    # Two, where the token is the last of one window and the first of the next.
+    assert len(failed) in (1, 2)
+    loader.close()
 
 
 def test_validation_is_always_the_same_from_the_start_of_the_file(prefix: str) -> None:

@@ -84,6 +84,15 @@ def test_unshuffled_is_the_file_in_order_again_and_again() -> None:
     assert [stream.sample(i).tolist() for i in range(4)] == expected * 2
 
 
+def test_located_pieces_are_what_the_sample_holds() -> None:
+    stream = stream_of(memory(3, 0, 0, 5, 0, 1, 8, 0), seq_len=6, seed=5)
+    for index in range(12):
+        pieces = stream.locate(index)
+        assert all(piece.count > 0 for piece in pieces)
+        parts = [piece.file.read(piece.document, start=piece.start, count=piece.count) for piece in pieces]
+        assert np.concatenate(parts).tolist() == stream.sample(index).tolist()
+
+
 def test_the_stream_is_fixed_for_ever() -> None:
     stream = stream_of(memory(7, 8, 9, 10), memory(20, 20), seq_len=5, seed=1234, weights=[2, 1])
     found = [stream.sample(i).tolist()[0] for i in (0, 1, 2, 3, 50, 10**12)]

@@ -20,7 +20,9 @@ def outputs_and_gradients(function, *inputs):
 
 
 def worst_error(got, wanted):
-    return max(float((g.double() - w.double()).norm() / w.double().norm()) for g, w in zip(got, wanted, strict=True))
+    return max(
+        float((g.double() - w.double()).norm() / w.double().norm()) for g, w in zip(got, wanted, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

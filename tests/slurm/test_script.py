@@ -1,4 +1,4 @@
-"""slurm/pretrain_7b.sh with stand-ins for the commands that it calls; the real ones are in test_cluster.py."""
+"""slurm/pretrain_7b.sh with stand-ins for the commands it calls; the real ones are in test_cluster.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STAND_INS = {
 def submit(
     folder: Path, *arguments: str, environment: dict[str, str | None] | None = None
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """Run a copy of the script as sbatch does, from a spool folder; returns also the recorded calls' words."""
+    """Run a copy of the script as sbatch does, from a spool folder; returns also the words of each call."""
     root, spool = folder / "仓库 repo", folder / "spool"
     for path in (root / "launch" / "train.py", root / ".venv" / "bin" / "python", spool / "slurm_script"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,9 @@ def submit(
     calls = folder / "calls"
     calls.touch()
     wanted: dict[str, str | None] = {**JOB, "SLURM_SUBMIT_DIR": str(root), **(environment or {})}
-    outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMP_", "NPROC_"))}
+    outer = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMP_", "NPROC_"))
+    }
     given = {name: value for name, value in wanted.items() if value is not None}
     done = subprocess.run(
         ["bash", str(spool / "slurm_script"), *arguments],

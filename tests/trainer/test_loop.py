@@ -73,7 +73,9 @@ def test_a_resumed_run_takes_only_what_is_left():
 
 def test_checkpoints_at_the_interval_and_at_the_end_once():
     saved = []
-    trainer(FakeEngine(), [CheckpointHook(lambda s: saved.append(s.step), interval=2, last_step=4)], steps=4).fit()
+    trainer(
+        FakeEngine(), [CheckpointHook(lambda s: saved.append(s.step), interval=2, last_step=4)], steps=4
+    ).fit()
     assert saved == [2, 4]
     saved.clear()
     trainer(FakeEngine(), [CheckpointHook(lambda s: saved.append(s.step), interval=0, last_step=3)]).fit()

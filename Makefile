@@ -1,0 +1,56 @@
+# make setup | test | demo | lint | docs | clean. Each does all that it needs and may be run again at once.
+
+PYTHON ?= python3
+# The default wheel on Linux is the CUDA build. Another one: make setup TORCH="torch==2.13.0 --index-url <index>"
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMP := $(VENV)/.installed
+# Without torch, so that TORCH may name another version.
+PINS := $(VENV)/constraints.txt
+
+.DELETE_ON_ERROR:
+.PHONY: help setup test lint demo docs clean
+
+help:
+	@echo 'make setup   create $(VENV) and install the pinned packages'
+	@echo 'make demo    from raw text to a trained model, on any machine, in a few minutes'
+	@echo 'make test    lint, types and all tests'
+	@echo 'make lint    only lint and types'
+	@echo 'make docs    write docs/configuration.md again'
+	@echo 'make clean   remove caches and build/; $(VENV) and runs/ stay'
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'megallama needs Python 3.10 or newer; $(PYTHON) is: '"$$($(PYTHON) --version 2>&1 | head -n 1)"'.' \
+	    'Name another one: make setup PYTHON=python3.12' >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo '$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)' >&2; exit 2; }
+	@grep -v '^torch==' constraints.txt > $(PINS)
+	@echo 'installing packages into $(VENV): some minutes'
+	@$(PIP) -c $(PINS) $(TORCH)
+	@$(PIP) -c $(PINS) -e '.[dev]'
+	@touch $@
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck slurm/*.sh .ci/run
+
+demo: setup
+	$(BIN)/python launch/demo.py
+
+docs: setup
+	$(BIN)/python -m megallama.config.reference
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

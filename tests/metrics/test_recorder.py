@@ -1,0 +1,238 @@
+"""What each sink leaves behind, over a resume and over failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megallama.config.schema import LogConfig, RunConfig, WandbMode
+from megallama.metrics.jsonl import JsonlSink, load_metrics
+from megallama.metrics.recorder import Recorder, build_recorder
+from megallama.metrics.tensorboard import TensorBoardSink
+from megallama.metrics.wandb import RUN_ID_FILE, WandbSink
+from tests.metrics.test_meter import CONFIG, RESULT, at, meter
+
+FACTS: dict[str, str | int | float] = {
+    "model": "小模型 [7b]",
+    "parameters": 1000,
+    "world_size": 4,
+    "device": "cpu",
+    "dtype": "fp32",
+    "mfu_attention": "causal",
+    "peak_tflops": 2.0,
+    "peak_source": "test",
+    "memory_kind": "peak resident",
+}
+
+
+def numbers_of(step: int, *, grad_norm: float = 0.7, is_skipped: bool = False) -> dict[str, float]:
+    """Metrics of a step whose loss is its number."""
+    result = dataclasses.replace(RESULT, loss=float(step), grad_norm=grad_norm, is_skipped=is_skipped)
+    return meter().measure(result, progress=at(step), seconds=1.0)
+
+
+def record(sink: JsonlSink | TensorBoardSink, steps: range) -> None:
+    for step in steps:
+        sink.write(step, numbers_of(step))
+    sink.close()
+
+
+def config(**log: object) -> RunConfig:
+    return dataclasses.replace(CONFIG, log=LogConfig(**log))  # type: ignore[arg-type]
+
+
+class TestJsonl:
+    def test_line_is_there_at_once(self, tmp_path: Path) -> None:
+        sink = JsonlSink(tmp_path / "metrics.jsonl", first_step=0)
+        sink.write(1, numbers_of(1))
+        assert load_metrics(tmp_path / "metrics.jsonl") == [numbers_of(1)]
+        sink.close()
+
+    def test_resume_keeps_each_step_once(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        record(JsonlSink(path, first_step=0), range(1, 8))
+        with path.open("a", encoding="utf-8") as file:
+            file.write('{"progress/step": 8, "train/l')  # killed in the middle of a line
+        record(JsonlSink(path, first_step=5), range(6, 10))
+        assert [row["progress/step"] for row in load_metrics(path)] == list(range(1, 10))
+        assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+    def test_start_from_nothing_drops_an_older_record(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        record(JsonlSink(path, first_step=0), range(1, 4))
+        record(JsonlSink(path, first_step=0), range(1, 3))
+        assert [row["progress/step"] for row in load_metrics(path)] == [1, 2]
+
+    def test_loss_comes_back_bit_for_bit(self, tmp_path: Path) -> None:
+        path, loss = tmp_path / "metrics.jsonl", 0.1 + 0.2
+        sink = JsonlSink(path, first_step=0)
+        sink.write(1, {"train/loss": loss})
+        sink.close()
+        assert load_metrics(path)[0]["train/loss"] == loss
+
+    def test_infinity_and_nan_are_valid_json(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        sink = JsonlSink(path, first_step=0)
+        sink.write(1, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/lr": 1e-3})
+        sink.close()
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(f"{constant} is not JSON")
+
+        row = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        assert row["train/grad_norm"] is None
+        assert row["nonfinite"] == {"train/loss": "nan", "train/grad_norm": "inf"}
+        loaded = load_metrics(path)[0]
+        assert math.isnan(loaded["train/loss"]) and loaded["train/grad_norm"] == math.inf
+        assert loaded["train/lr"] == 1e-3 and "nonfinite" not in loaded
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    record(TensorBoardSink(tmp_path, first_step=0), range(1, 8))
+    record(TensorBoardSink(tmp_path, first_step=5), range(6, 10))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    loss = events.Scalars("train/loss")
+    assert [event.step for event in loss] == list(range(1, 10))
+    assert [event.value for event in loss] == [float(step) for step in range(1, 10)]
+    assert "progress/step" not in events.Tags()["scalars"]
+
+
+class TestWandb:
+    def test_offline_run_keeps_its_id(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        run_dir = tmp_path / "运行 1"
+        run_dir.mkdir()
+        ids = []
+        for first in (1, 3):
+            sink = WandbSink(run_dir, project="测试", mode="offline", settings={"model": "小模型"})
+            sink.write(first, {"train/loss": 1.0, "train/grad_norm": math.inf})
+            sink.close()
+            ids.append((run_dir / RUN_ID_FILE).read_text(encoding="utf-8"))
+        assert ids[0] == ids[1]
+        files = list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+        assert files and {file.name for file in files} == {f"run-{ids[0]}.wandb"}
+        assert "megallama" not in {record.name.split(".")[0] for record in caplog.records}
+
+    def test_failures_cost_one_warning(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sink = WandbSink(tmp_path, project="p", mode="offline", settings={})
+
+        def fail(*args: object, **kwargs: object) -> None:
+            raise RuntimeError("the service has gone")
+
+        run = sink._run
+        monkeypatch.setattr(run, "log", fail)
+        for step in range(1, 4):
+            sink.write(step, {"train/loss": 1.0})
+        sink.close()
+        run.finish()
+        ours = [record.getMessage() for record in caplog.records if record.name.startswith("megallama")]
+        assert ours == ["Weights & Biases: logging failed (the service has gone); the run goes on without it"]
+
+    def test_unreachable_server_gives_an_offline_run(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setattr("megallama.metrics.wandb.INIT_TIMEOUT_S", 2)
+        sink = WandbSink(tmp_path, project="p", mode="online", settings={})
+        sink.write(1, {"train/loss": 1.0})
+        sink.close()
+        assert "no online run" in caplog.text and "writing an offline run" in caplog.text
+        assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+    def test_no_key_and_no_folder_to_write_never_raise(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sink = WandbSink(tmp_path / "missing", project="p", mode="offline", settings={})
+        sink.write(1, {"train/loss": 1.0})
+        sink.close()
+        assert "the run goes on without it" in caplog.text
+
+
+class TestRecorder:
+    @pytest.mark.parametrize(
+        ("mode", "has_key", "expected"),
+        [
+            (WandbMode.disabled, True, None),
+            (WandbMode.auto, True, "online"),
+            (WandbMode.auto, False, "offline"),
+            (WandbMode.online, False, "offline"),
+            (WandbMode.online, True, "online"),
+            (WandbMode.offline, True, "offline"),
+        ],
+    )
+    def test_wandb_mode(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        mode: WandbMode,
+        has_key: bool,
+        expected: str | None,
+    ) -> None:
+        begun: list[str] = []
+
+        class Stub:
+            def __init__(self, run_dir: Path, *, project: str, mode: str, settings: object) -> None:
+                begun.append(mode)
+
+        monkeypatch.setattr("megallama.metrics.recorder.WandbSink", Stub)
+        build_recorder(
+            config(wandb=mode, tensorboard=False),
+            run_dir=tmp_path,
+            first_step=0,
+            is_terminal=False,
+            wandb_key_present=has_key,
+            facts=FACTS,
+        )
+        assert begun == ([expected] if expected else [])
+
+    def test_tensorboard_can_be_left_out(self, tmp_path: Path) -> None:
+        for wanted in (False, True):
+            recorder = build_recorder(
+                config(wandb=WandbMode.disabled, tensorboard=wanted),
+                run_dir=tmp_path,
+                first_step=0,
+                is_terminal=False,
+                wandb_key_present=False,
+                facts=FACTS,
+            )
+            recorder.record(1, numbers_of(1))
+            recorder.close()
+            assert (tmp_path / "tensorboard").exists() == wanted
+        assert len(load_metrics(tmp_path / "metrics.jsonl")) == 1
+
+    def test_closing_reaches_every_sink(self, caplog: pytest.LogCaptureFixture) -> None:
+        closed: list[str] = []
+
+        class Good:
+            def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+            def close(self) -> None:
+                closed.append("good")
+
+        class Bad(Good):
+            def close(self) -> None:
+                raise OSError("disk full")
+
+        with caplog.at_level(logging.ERROR), pytest.raises(OSError, match="disk full"):
+            Recorder([Bad(), Good()]).close()
+        assert closed == ["good"]
+
+    def test_trackers_are_imported_only_when_used(self) -> None:
+        program = (
+            "import sys, megallama.metrics.recorder;"
+            "sys.exit(','.join({'wandb', 'tensorboard', 'matplotlib'} & set(sys.modules)) or 0)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
