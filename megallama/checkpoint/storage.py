@@ -131,7 +131,7 @@ class _DataFile:
         raw = _bytes_of(tensor.detach().cpu().contiguous())
         for start in range(0, len(raw), _WRITE_BYTES):
             self._add(raw[start : start + _WRITE_BYTES])
-        pass
+        self._add(memoryview(bytes(-self.position % ALIGNMENT_BYTES)))
         return begin
 
     def _add(self, data: memoryview) -> None:

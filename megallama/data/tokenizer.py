@@ -86,8 +86,6 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(content)
-            if not content:
-                raise RuntimeError("an empty file is taken for an empty model")
         except (RuntimeError, OSError) as error:
             raise UserError(
                 f"tokenizer {path} is not a readable sentencepiece model ({len(content)} bytes):"

@@ -71,6 +71,13 @@ def test_any_unicode_survives_the_round_trip(tokenizer: Tokenizer, text: str) ->
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_texts_can_be_encoded_one_by_one_and_joined(any_tokenizer: Tokenizer) -> None:
+    # A prefix space, as sentencepiece adds by default, would stand between the parts.
+    parts = ["def f", "(x):\n", "    return", " 中文", "模型"]
+    ids = [i for part in parts for i in any_tokenizer.encode(part)]
+    assert any_tokenizer.decode(ids) == "".join(parts)
+
+
 def test_batches_equal_single_texts(any_tokenizer: Tokenizer) -> None:
     assert any_tokenizer.encode_batch(TRICKY) == [any_tokenizer.encode(text) for text in TRICKY]
 

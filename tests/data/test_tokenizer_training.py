@@ -33,12 +33,21 @@ def test_the_same_seed_gives_the_same_file(corpus: Path, tmp_path: Path, model_t
     assert load_tokenizer(written[0]).vocab_size == 380
 
 
-def test_digits_stand_alone_and_indentation_is_one_piece(tokenizer_path: Path) -> None:
+@pytest.mark.parametrize("split_digits", [True, False])
+def test_digits_stand_alone_unless_told_otherwise(tmp_path: Path, split_digits: bool) -> None:
+    text = tmp_path / "years.txt"
+    text.write_text("in 2024 and in 2025\n二〇二四年是2024年\n" * 50, encoding="utf-8")
+    path = train_tokenizer([text], tmp_path / "out", vocab_size=300, split_digits=split_digits)
+    loaded = load_tokenizer(path)
+    pieces = [loaded.decode([i]) for i in loaded.encode("in 2024")]
+    assert (pieces[-4:] == list("2024")) is split_digits
+    assert loaded.decode(loaded.encode("in 2024")) == "in 2024"
+
+
+def test_indentation_and_chinese_words_become_pieces(tokenizer_path: Path) -> None:
     loaded = load_tokenizer(tokenizer_path)
-    assert [loaded.decode([i]) for i in loaded.encode("1234")] == list("1234")
     assert "    " in [loaded.decode([i]) for i in loaded.encode("    for item in batch:")]
-    chinese = CHINESE * 3
-    assert len(loaded.encode(chinese)) < len(chinese), "common Chinese words should be pieces, not bytes"
+    assert len(loaded.encode(CHINESE)) < len(CHINESE), "common Chinese words should be pieces, not bytes"
 
 
 def test_training_is_quiet(corpus: Path, tmp_path: Path) -> None:

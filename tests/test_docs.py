@@ -1,0 +1,55 @@
+"""What the documents say exists: every file in the architecture, every linked page, every command of the quickstart."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megallama.cli import _parser
+from megallama.config.load import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_architecture_names_every_file_once():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", text, flags=re.M)
+    files = sorted(
+        str(path.relative_to(ROOT / "megallama"))
+        for path in (ROOT / "megallama").rglob("*.py")
+        if path.name != "__init__.py"
+    )
+    assert sorted(named) == files
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def commands(document):
+    """Shell commands in the fenced blocks of a document, continuation lines joined."""
+    for block in re.findall(r"```sh\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_parse(document):
+    for words in commands(document):
+        if words[0] == "megallama":
+            _parser().parse_args(words[1:])
+        if "launch/train.py" in words:
+            overrides = words[words.index("launch/train.py") + 1 :]
+            load_config([word for word in overrides if not word.startswith("--")])
+
+
+def test_the_quickstart_has_commands_of_each_kind():
+    found = {words[1] for words in commands(ROOT / "docs" / "quickstart.md") if words[0] == "megallama"}
+    assert found >= {"tokenizer", "prepare", "generate", "plot"}

@@ -1,0 +1,92 @@
+"""Sampling from a run folder, whatever layout it was trained in."""
+
+import pytest
+import torch
+
+from megallama.cli import main
+from megallama.generate import Sampling, choose_token
+from tests.jobs import overrides, train, write_dataset
+from tests.ranks import run_ranks
+
+TEXT = "春天来了，花开了。\nfor i in range(10):\n    print(i)\n" * 60
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run over tp2 x pp2 with a tokenizer that knows some Chinese."""
+    from megallama.data.prepare import prepare
+    from megallama.data.tokenizer_training import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    tokenizer = train_tokenizer([folder / "text.txt"], folder / "tokenizer", vocab_size=300)
+    prepare([folder / "text.txt"], folder / "prepared", tokenizer=tokenizer, validation_fraction=0)
+    arguments = [
+        f"data.sources=[{{path: {folder / 'prepared' / 'train'}}}]",
+        f"data.tokenizer={tokenizer}",
+        "model.vocab_size=300",
+        "parallel.tp=2",
+        "parallel.pp=2",
+        "train.steps=40",
+        "optim.lr=1e-2",
+    ]
+    write_dataset(folder / "data" / "train")
+    run_ranks(4, train, overrides(folder, *arguments))
+    return folder / "run"
+
+
+def output_of(capsys, *arguments):
+    code = main(["generate", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_continues_the_prompt_with_what_it_learnt(run_dir, capsys):
+    prompt = "春天来了，花开了。\n"
+    code, out, _ = output_of(
+        capsys, run_dir, "--prompt", prompt, "--temperature", "0", "--max-new-tokens", "40"
+    )
+    assert code == 0 and out.startswith(prompt + "for i in range(10):\n    print(i)\n春天来了，花开了。\n"), (
+        out
+    )
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(run_dir, capsys):
+    texts = [
+        output_of(capsys, run_dir, "--prompt", "for", "--temperature", "2.5", "--seed", seed)[1]
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "-1"], "--temperature (-1.0) must be 0 or more"),
+        (["--top-p", "0"], "--top-p (0.0) must be in (0, 1]"),
+        (["--top-k", "-3"], "--top-k (-3) must be 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens (0) must be 1 or more"),
+    ],
+)
+def test_senseless_sampling_is_refused(run_dir, capsys, arguments, message):
+    code, out, err = output_of(capsys, run_dir, "--prompt", "a", *arguments)
+    assert code == 2 and out == "" and message in err and "Traceback" not in err
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    code, _, err = output_of(capsys, tmp_path, "--prompt", "a")
+    assert code == 2 and "is not a run folder" in err
+
+
+def test_choice_respects_temperature_top_k_and_top_p():
+    logits = torch.tensor([0.0, 3.0, 2.0, 1.0, -9.0])
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**settings):
+        return {choose_token(logits, Sampling(**settings), generator) for _ in range(300)}
+
+    assert drawn(temperature=0) == {1}
+    assert drawn(temperature=1, top_k=2) == {1, 2}
+    assert drawn(temperature=1, top_p=0.5) == {1}
+    assert drawn(temperature=1, top_p=0.8) == {1, 2}
+    assert drawn(temperature=1) >= {0, 1, 2, 3}
