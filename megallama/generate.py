@@ -114,7 +114,7 @@ def continue_tokens(
     tokens = list(tokens) or [eod_id]
     for _ in range(max_new_tokens):
         window = torch.tensor([tokens[-config.train.seq_len :]], device=device)
-        logits_BSV = stage.module(window, None, None)
+        logits_BSV = stage.chunks[0](window, None, None)
         # Rows beyond the vocabulary are padding of the embedding.
         logits_V = logits_BSV[0, -1, : config.model.vocab_size].float().cpu()
         token = choose_token(logits_V, sampling, generator)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megallama.config.schema import RunConfig
-from megallama.grid import Grid, nearest_multiples, num_micro_batches, padded_vocab_size
+from megallama.grid import (
+    Grid,
+    micro_batch_group_size,
+    nearest_multiples,
+    num_micro_batches,
+    padded_vocab_size,
+    split_layers,
+)
 
 
 def check_world_size(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -24,7 +31,11 @@ def check_batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
     except ValueError:
         dp = 1
     try:
-        num_micro_batches(train.global_batch_size, micro_batch_size=train.micro_batch_size, dp=dp)
+        micro_batches = num_micro_batches(
+            train.global_batch_size, micro_batch_size=train.micro_batch_size, dp=dp
+        )
+        if config.parallel.vp > 1:
+            micro_batch_group_size(micro_batches, pp=config.parallel.pp)
     except ValueError as error:
         yield str(error)
 
@@ -82,12 +93,21 @@ def check_widths_over_tp(config: RunConfig) -> Iterator[str]:
 
 
 def check_layers_over_pp(config: RunConfig) -> Iterator[str]:
-    """Every pipeline stage holds equally many layers."""
-    layers, pp = config.model.num_layers, config.parallel.pp
-    if layers % pp:
+    """Every stage of the pipeline holds a layer, every layer lies on a stage, and only a pipeline has chunks."""
+    parallel, layers = config.parallel, config.model.num_layers
+    pp, vp, split = parallel.pp, parallel.vp, list(parallel.layers_per_stage)
+    if vp > 1 and pp == 1:
+        yield f"parallel.vp ({vp}) needs parallel.pp (1) above 1: one stage has no bubble to shrink, use parallel.vp=1"
+    elif pp * vp > layers:
         yield (
-            f"model.num_layers ({layers}) must be a multiple of parallel.pp ({pp}):"
-            f" use parallel.pp={_divisors(layers, pp)}"
+            f"model.num_layers ({layers}) must be at least parallel.pp x parallel.vp ({pp} x {vp} = {pp * vp}):"
+            " use fewer stages or chunks"
+        )
+    elif split and (len(split) != pp * vp or min(split) < 1 or sum(split) != layers):
+        even = ",".join(map(str, split_layers(layers, pp * vp)))
+        yield (
+            f"parallel.layers_per_stage ({split}) must be parallel.pp x parallel.vp ({pp} x {vp} = {pp * vp}) numbers"
+            f" of at least 1 that add up to model.num_layers ({layers}): use [{even}] or leave it empty"
         )
 
 
@@ -110,8 +130,6 @@ def check_combinations(config: RunConfig) -> Iterator[str]:
     parallel, stage = config.parallel, config.zero.stage
     if parallel.cp > 1:
         yield f"parallel.cp ({parallel.cp}) must be 1: context parallelism is not supported yet"
-    if parallel.vp > 1:
-        yield f"parallel.vp ({parallel.vp}) must be 1: the interleaved pipeline schedule is not supported yet"
     if not 0 <= stage <= 3:
         yield f"zero.stage ({stage}) must be 0, 1, 2 or 3: 1 shards the optimizer state and suits most runs"
     if stage == 3 and parallel.pp > 1:
@@ -119,12 +137,6 @@ def check_combinations(config: RunConfig) -> Iterator[str]:
             f"zero.stage (3) needs parallel.pp ({parallel.pp}) = 1: DeepSpeed compares its parameter fetches"
             " over all ranks, which deadlocks when pipeline stages run different schedules;"
             " use zero.stage=2 or parallel.pp=1"
-        )
-    if config.model.tie_embeddings and parallel.pp > 1:
-        yield (
-            f"model.tie_embeddings (true) needs parallel.pp ({parallel.pp}) = 1 so far: first and last stage"
-            " would hold a copy each, and their gradients are not summed under ZeRO yet;"
-            " use parallel.pp=1 and a larger parallel.tp"
         )
 
 

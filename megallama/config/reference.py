@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import typing
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def _section(title: str, cls: type[Any]) -> Iterator[str]:
 
 
 def _type_text(annotation: Any) -> str:
-    if typing.get_origin(annotation) is list:
+    if typing.get_origin(annotation) is list and dataclasses.is_dataclass(typing.get_args(annotation)[0]):
         return "list, see below"
     return type_name(annotation)
 

@@ -19,6 +19,7 @@ class Dtype(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    fp64 = "fp64"
 
 
 class Schedule(str, Enum):
@@ -134,7 +135,9 @@ class ParallelConfig:
     cp: int = 1
     """Context-parallel size: each sequence is cut over this many ranks. Only 1 is accepted so far."""
     vp: int = 1
-    """Virtual pipeline stages a rank (interleaved schedule). Only 1 is accepted so far."""
+    """Chunks of layers a rank (interleaved pipeline): the bubble shrinks by this, the traffic grows. Needs pp > 1."""
+    layers_per_stage: list[int] = field(default_factory=list)
+    """Layers of each stage in model order, pp x vp numbers. Empty: evenly; where that fails, fewer at both ends."""
     sequence_parallel: bool = False
     """Cut the activations between tensor-parallel regions along the sequence. Needs tp > 1."""
 
@@ -152,7 +155,7 @@ class PrecisionConfig:
     """Number formats. Master weights, gradient accumulation and reduction are fp32 in every case."""
 
     dtype: Dtype = Dtype.bf16
-    """Format of parameters and activations."""
+    """Format of parameters and activations. fp64 is for `megallama verify`: every sum is then fp64 too."""
     initial_loss_scale: float = 65536.0
     """First dynamic loss scale under fp16; a power of two."""
     loss_scale_window: int = 1000

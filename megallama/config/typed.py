@@ -111,7 +111,10 @@ def type_name(annotation: Any) -> str:
     if choices is not None:
         return " or ".join("null" if choice is type(None) else type_name(choice) for choice in choices)
     if typing.get_origin(annotation) is list:
-        return f"list of {{{', '.join(field_types(typing.get_args(annotation)[0]))}}}"
+        item = typing.get_args(annotation)[0]
+        if not dataclasses.is_dataclass(item):
+            return f"list of {type_name(item)}"
+        return f"list of {{{', '.join(field_types(typing.cast(Any, item)))}}}"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return f"one of {', '.join(member.value for member in annotation)}"
     return {int: "integer", float: "number", bool: "true or false", str: "text"}[annotation]

@@ -11,7 +11,7 @@ from megallama.config.schema import Dtype, RunConfig
 from megallama.engine.adam import build_adam, parameter_groups
 from megallama.engine.fragment import Fragment
 from megallama.engine.learning_rate import learning_rate
-from megallama.engine.schedule import ScheduledStage, run_schedule
+from megallama.engine.schedule import ScheduledChunk, run_schedule
 from megallama.engine.state import (
     check_fragments,
     load_counters,
@@ -21,6 +21,7 @@ from megallama.engine.state import (
 )
 from megallama.engine.state import counters as state_counters
 from megallama.engine.step import EvalResult, MicroBatch, StepResult
+from megallama.engine.tie import EmbeddingTie
 from megallama.engine.zero import ZeroEngine
 from megallama.model.build import Stage
 from megallama.model.layout import Piece
@@ -40,7 +41,10 @@ class Engine:
         self._zero = ZeroEngine(stage.module, adam, config=config, topology=topology)
         if config.precision.dtype == Dtype.fp16:
             stage.transformer.grad_scale_func = self._zero.scale
-        self._scheduled = ScheduledStage(stage, self._zero)
+        self._scheduled = [ScheduledChunk(stage, i, self._zero) for i in range(len(stage.chunks))]
+        self._tie = (
+            EmbeddingTie(stage, self._zero, topology=topology) if config.model.tie_embeddings else None
+        )
         check_fragments(self._zero, stage.module)
 
     def train_step(self, step: int, batches: Sequence[MicroBatch | None]) -> StepResult:
@@ -59,8 +63,12 @@ class Engine:
             loss_factor=self._zero.shard_size / max(1, num_tokens),
             forward_only=False,
         )
+        if self._tie is not None:
+            self._tie.collect_gradient()
         lr = learning_rate(config.optim, step=step, total_steps=config.train.steps)
         grad_norm, is_skipped = self._zero.step(lr)
+        if self._tie is not None:
+            self._tie.publish_weight()
         total, tokens = self._sum_over_job(loss_sum, num_tokens)
         return StepResult(
             loss=total / max(1, tokens),
@@ -105,6 +113,8 @@ class Engine:
         """Call after the fragments were filled: sets the counters and rounds the masters into the weights."""
         load_counters(self._zero, counters)
         publish_masters(self._zero)
+        if self._tie is not None:
+            self._tie.publish_weight()
         check_fragments(self._zero, self._stage.module)
 
     def _count_tokens(self, batches: Sequence[MicroBatch | None]) -> int:

@@ -9,27 +9,32 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megallama.engine.step import MicroBatch
+from megallama.grid import micro_batch_group_size
 from megallama.model.build import Stage
 from megallama.topology.groups import Topology
 
 Forward = Callable[..., torch.Tensor]
 
 
-class ScheduledStage(torch.nn.Module):
-    """What the schedule sees of a stage: its forward goes through the ZeRO engine, all else to the stage."""
+class ScheduledChunk(torch.nn.Module):
+    """What the schedule sees of a chunk: its forward goes through the ZeRO engine, all else to the chunk."""
 
-    def __init__(self, stage: Stage, forward: Forward) -> None:
+    def __init__(self, stage: Stage, index: int, forward: Forward) -> None:
         super().__init__()
+        chunk = stage.chunks[index]
         self.config = stage.transformer
-        self.vp_stage = None
-        self.model_type = stage.module.model_type
+        self.vp_stage = chunk.vp_stage
+        self.model_type = chunk.model_type
+        self.is_last = chunk.post_process
+        """Whether its output is the loss."""
+        self._index = index
         # Not as a submodule: the engine owns the parameters. megatron-core looks for `.module`.
-        self.__dict__["module"] = stage.module
+        self.__dict__["module"] = chunk
         self.__dict__["_forward"] = forward
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward through the engine."""
-        output: torch.Tensor = self.__dict__["_forward"](*args, **kwargs)
+        output: torch.Tensor = self.__dict__["_forward"](self._index, *args, **kwargs)
         return output
 
     def set_input_tensor(self, tensor: Any) -> None:
@@ -38,7 +43,7 @@ class ScheduledStage(torch.nn.Module):
 
 
 def run_schedule(
-    stage: ScheduledStage,
+    chunks: Sequence[ScheduledChunk],
     batches: Sequence[MicroBatch | None],
     *,
     topology: Topology,
@@ -50,7 +55,7 @@ def run_schedule(
     """Forward and, unless `forward_only`, backward of all micro-batches.
 
     Args:
-        stage: This rank's stage.
+        chunks: This rank's chunks; several run the interleaved schedule.
         batches: Micro-batches of this data-parallel rank; None on stages that read no tokens.
         topology: Place of this rank.
         micro_batch_size: Sequences of a micro-batch.
@@ -62,26 +67,31 @@ def run_schedule(
         fp64 scalar: sum of the unmasked token losses of this rank's micro-batches; 0 before the last stage.
     """
 
-    def forward_step(data: Iterator[MicroBatch | None], model: ScheduledStage) -> tuple[torch.Tensor, Any]:
+    def forward_step(data: Iterator[MicroBatch | None], model: ScheduledChunk) -> tuple[torch.Tensor, Any]:
         batch = next(data)
         if batch is None:
             return model(None, None, None), None
         tokens_BS = batch.tokens_BS.to(topology.device, non_blocking=True)
         labels_BS = batch.labels_BS.to(topology.device, non_blocking=True)
-        output = model(tokens_BS, None, None, labels=labels_BS if topology.is_last_stage else None)
+        output = model(tokens_BS, None, None, labels=labels_BS if model.is_last else None)
 
         def token_loss(loss_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             mask_BS = batch.loss_mask_BS.to(loss_BS.device, non_blocking=True)
-            loss_sum = (loss_BS.float() * mask_BS).sum()
+            loss_sum = (loss_BS.to(torch.promote_types(loss_BS.dtype, torch.float32)) * mask_BS).sum()
             # megatron-core may scale what it is given in place: report a copy.
             return loss_sum * loss_factor, mask_BS.sum().int(), loss_sum.detach().double()
 
         return output, token_loss
 
+    is_interleaved = len(chunks) > 1
+    if is_interleaved:
+        group_size = micro_batch_group_size(len(batches), pp=topology.grid.pp)
+        chunks[0].config.microbatch_group_size_per_vp_stage = group_size
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=stage,
+        # Every chunk reads the same micro-batches.
+        data_iterator=[iter(batches) for _ in chunks] if is_interleaved else iter(batches),
+        model=list(chunks) if is_interleaved else chunks[0],
         num_microbatches=len(batches),
         seq_length=seq_len,
         micro_batch_size=micro_batch_size,

@@ -19,12 +19,15 @@ import logging
 import math
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megallama.config.schema import Dtype, RunConfig
+from megallama.host.double import use_double
 from megallama.topology.groups import DeepSpeedGroups, Topology
 
 with warnings.catch_warnings():
@@ -92,6 +95,7 @@ class ZeroEngine:
         self.shard_size = self.shard_group.size()
         """Ranks over which DeepSpeed averages gradients; the loss is multiplied by it."""
         self._adapter = Adapter(stage)
+        use_double(config.precision.dtype == Dtype.fp64)
         self._start_deepspeed()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -126,6 +130,15 @@ class ZeroEngine:
         """The loss times the fp16 loss scale."""
         scaled: torch.Tensor = self._engine.scale(loss)
         return scaled
+
+    @contextmanager
+    def whole(self, parameter: torch.nn.Parameter) -> Iterator[None]:
+        """`parameter` in full for the time of the block, also where ZeRO 3 has partitioned it. Only to be read."""
+        if self.stage_number < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield
 
     def train(self, mode: bool) -> None:
         """Switch the stage between training and evaluation."""
@@ -188,7 +201,7 @@ class ZeroEngine:
         for parameters in optimizer.bit16_groups:
             for parameter in parameters:
                 gradient = optimizer.get_param_gradient_attribute(parameter)
-                assert gradient is not None and gradient.dtype == torch.float32, "no fp32 gradient to reduce"
+                assert gradient is not None and gradient.dtype.itemsize >= 4, "no wide gradient to reduce"
                 bucket.append(gradient)
                 if sum(tensor.numel() for tensor in bucket) >= REDUCE_BUCKET_ELEMENTS:
                     _all_reduce_bucket(bucket, group)
@@ -230,10 +243,11 @@ def deepspeed_config(config: RunConfig, *, shard_size: int) -> dict[str, Any]:
         "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.optim.clip,
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
         "steps_per_print": 10**12,
     }
+    if config.precision.dtype != Dtype.fp64:
+        # Absent, both mean the format of the parameters, which is fp64 then (see host/double.py).
+        settings |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if config.precision.dtype == Dtype.bf16:
         settings["bf16"] = {"enabled": True}
     if config.precision.dtype == Dtype.fp16:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -12,9 +13,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megallama.config.schema import Dtype, ModelConfig, Recompute, RunConfig
-from megallama.grid import padded_vocab_size
+from megallama.grid import padded_vocab_size, split_layers
 from megallama.kernels.attention import choose_attention
 from megallama.kernels.norm import choose_norm
+from megallama.model.chunks import Chunks, take_output_weight
 from megallama.model.initialize import initialize_parameter
 from megallama.model.layout import Piece, canonical_layout
 from megallama.model.modules import CoreAttention, RmsNorm, SwigluMlp, with_kernel
@@ -23,19 +25,33 @@ from megallama.topology.groups import Topology
 
 log = logging.getLogger(__name__)
 
-TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
+TORCH_DTYPE = {
+    Dtype.fp32: torch.float32,
+    Dtype.bf16: torch.bfloat16,
+    Dtype.fp16: torch.float16,
+    Dtype.fp64: torch.float64,
+}
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
 class Stage:
     """What this rank holds of the model."""
 
-    module: GPTModel
-    """The layers of this stage, with embedding on the first and output layer on the last."""
+    module: Chunks
+    """The chunks of this rank in one module: one engine shards the parameters of all."""
     transformer: TransformerConfig
     """megatron-core's view of the shape; the schedule reads it."""
     layout: dict[str, tuple[Piece, ...]]
     """Canonical place of every parameter, by local name."""
+    tied_copy: torch.Tensor | None = None
+    """The last stage's copy of the embedding, where another stage owns it; no parameter of `module`."""
+
+    @property
+    def chunks(self) -> list[Any]:
+        """megatron-core's models, in the order in which a micro-batch passes them."""
+        return list(self.module.chunks)
 
 
 def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool = True) -> Stage:
@@ -51,25 +67,46 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
     attention_name, attention = choose_attention(config.kernels.attention.value)
     norm_name, norm = choose_norm(config.kernels.norm.value)
     log.info("kernels: attention=%s norm=%s", attention_name, norm_name)
-    module = GPTModel(
-        transformer,
-        _layer_spec(transformer, with_kernel(CoreAttention, attention), with_kernel(RmsNorm, norm)),
-        vocab_size=padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple),
-        max_sequence_length=config.train.seq_len,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        parallel_output=True,
-    )
-    module.rotary_pos_emb.inv_freq = inverse_frequencies(model, head_dim=head_dim(model))
-    layout = canonical_layout(module)
-    for name, parameter in module.named_parameters():
-        if is_initialized:
-            initialize_parameter(parameter, layout[name], model=model, seed=config.train.seed)
-        # By this mark DeepSpeed and megatron-core tell a tensor-parallel part from a copy when they sum norms.
-        parameter.tensor_model_parallel = any(piece.shape != piece.global_shape for piece in layout[name])
-    return Stage(module=module, transformer=transformer, layout=layout)
+    vp = config.parallel.vp
+    # megatron-core's own way needs its gradient buffers, which ZeRO has not: model/chunks.py ties them.
+    is_tied_over_stages = model.tie_embeddings and config.parallel.pp > 1
+    spec = (with_kernel(CoreAttention, attention), with_kernel(RmsNorm, norm))
+    chunks = [
+        GPTModel(
+            transformer,
+            _layer_spec(transformer, *spec, vp_stage=index if vp > 1 else None),
+            vocab_size=padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple),
+            max_sequence_length=config.train.seq_len,
+            pre_process=topology.is_first_stage and index == 0,
+            post_process=topology.is_last_stage and index == vp - 1,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=model.tie_embeddings and not is_tied_over_stages,
+            parallel_output=True,
+            vp_stage=index if vp > 1 else None,
+        )
+        for index in range(vp)
+    ]
+    for chunk in chunks:
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(model, head_dim=head_dim(model))
+    tied_weight, tied_copy = None, None
+    layout: dict[str, tuple[Piece, ...]] = {}
+    for index, chunk in enumerate(chunks):
+        pieces = canonical_layout(chunk)
+        if is_tied_over_stages and chunk.post_process:
+            pieces[OUTPUT] = tuple(replace(piece, key=EMBEDDING, is_owner=False) for piece in pieces[OUTPUT])
+        for name, parameter in chunk.named_parameters():
+            if is_initialized:
+                initialize_parameter(parameter, pieces[name], model=model, seed=config.train.seed)
+            # By this mark DeepSpeed and megatron-core tell a tensor-parallel part from a copy when they sum norms.
+            parameter.tensor_model_parallel = any(p.shape != p.global_shape for p in pieces[name])
+        if is_tied_over_stages and chunk.pre_process:
+            tied_weight = chunk.embedding.word_embeddings.weight
+        if is_tied_over_stages and chunk.post_process:
+            tied_copy = take_output_weight(chunk)
+            del pieces[OUTPUT]
+        layout |= {f"chunks.{index}.{name}": place for name, place in pieces.items()}
+    module = Chunks(chunks, tied_weight=tied_weight)
+    return Stage(module=module, transformer=transformer, layout=layout, tied_copy=tied_copy)
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -101,7 +138,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         fp16=config.precision.dtype == Dtype.fp16,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vp if parallel.vp > 1 else None,
+        **_pipeline(config),
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         **_recompute(config.train.recompute),
@@ -115,8 +152,29 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        deallocate_pipeline_outputs=True,
         cuda_graph_scope=[],
+    )
+
+
+def _pipeline(config: RunConfig) -> dict[str, object]:
+    parallel = config.parallel
+    if parallel.pp == 1:
+        return {}
+    stages = parallel.layers_per_stage or split_layers(config.model.num_layers, parallel.pp * parallel.vp)
+    names = [["decoder"] * layers for layers in stages]
+    names[0].insert(0, "embedding")
+    names[-1].append("loss")
+    is_interleaved = parallel.vp > 1
+    return dict(
+        virtual_pipeline_model_parallel_size=parallel.vp if is_interleaved else None,
+        pipeline_model_parallel_layout=names,
+        # Batched sends and receives of both neighbours pair up wrongly where these are one rank, as with pp = 2:
+        # garbage activations and no error (megatron-core 0.16.1).
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
+        # megatron-core frees an output while an overlapped send is under way. NCCL has read the memory by then
+        # in stream order; gloo has not, and sends what came to lie there.
+        deallocate_pipeline_outputs=not is_interleaved or torch.cuda.is_available(),
     )
 
 
@@ -129,11 +187,16 @@ def _recompute(kind: Recompute) -> dict[str, object]:
 
 
 def _layer_spec(
-    transformer: TransformerConfig, attention: type[torch.nn.Module], norm: type[torch.nn.Module]
+    transformer: TransformerConfig,
+    attention: type[torch.nn.Module],
+    norm: type[torch.nn.Module],
+    *,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     parts.self_attention.submodules.core_attention = attention
     parts.mlp = SwigluMlp  # a class, not a spec: megatron-core's handling of specs knows its own MLPs only
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(transformer), layer_norm=norm)
+    num_layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
+    return TransformerBlockSubmodules([layer] * num_layers, layer_norm=norm)

@@ -84,6 +84,7 @@ def _topology(grid: Grid, rank: int, device: torch.device) -> Topology:
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tp_pp_group=parallel_state.get_model_parallel_group(),
+        first_last_group=parallel_state.get_embedding_group(check_initialized=False),
         own_group=dist.new_group([rank], use_local_synchronization=True),
         # Collectives on host memory (checkpoint plans, agreement on errors); a background save may use it alone.
         host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),

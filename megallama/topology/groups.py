@@ -26,6 +26,8 @@ class Topology:
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     tp_pp_group: dist.ProcessGroup
+    first_last_group: dist.ProcessGroup | None
+    """The first and the last stage of this rank's pipeline; None on the stages between them."""
     own_group: dist.ProcessGroup
     """This rank alone; ZeRO 0 shards over it, that is, not at all."""
     host_group: dist.ProcessGroup

@@ -69,11 +69,25 @@ RULES: list[tuple[list[str], str]] = [
     (["train.seq_len=513"], "train.seq_len (513) must not exceed model.max_seq_len (512)"),
     # combinations
     (["parallel.cp=2"], "parallel.cp (2) must be 1: context parallelism is not supported yet"),
-    (["parallel.vp=2", "parallel.pp=2"], "parallel.vp (2) must be 1: the interleaved pipeline schedule"),
+    (["parallel.vp=2"], "parallel.vp (2) needs parallel.pp (1) above 1"),
+    (
+        ["parallel.vp=4", "parallel.pp=2"],
+        "model.num_layers (4) must be at least parallel.pp x parallel.vp (2 x 4 = 8)",
+    ),
+    (
+        ["parallel.vp=2", "parallel.pp=2", "train.global_batch_size=1"],
+        "the interleaved pipeline needs at least as many micro-batches (1) as parallel.pp (2)",
+    ),
+    (
+        ["parallel.pp=2", "parallel.layers_per_stage=[1,2]"],
+        "parallel.layers_per_stage ([1, 2]) must be parallel.pp x parallel.vp (2 x 1 = 2) numbers of at least 1 that"
+        " add up to model.num_layers (4): use [2,2]",
+    ),
+    (["parallel.pp=2", "parallel.layers_per_stage=[4,0]"], "parallel.layers_per_stage ([4, 0]) must be"),
+    (["parallel.layers_per_stage=[2,2]"], "parallel.layers_per_stage ([2, 2]) must be"),
     (["zero.stage=4"], "zero.stage (4) must be 0, 1, 2 or 3"),
     (["zero.stage=-1"], "zero.stage (-1) must be 0, 1, 2 or 3"),
     (["zero.stage=3", "parallel.pp=2"], "zero.stage (3) needs parallel.pp (2) = 1"),
-    (["model.tie_embeddings=true", "parallel.pp=2"], "model.tie_embeddings (true) needs parallel.pp (2) = 1"),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel (true) needs parallel.tp (1) above 1"),
     # data
     (["data.sources=[]"], "data.sources ([]) must name what to train on"),
@@ -132,11 +146,7 @@ RANK_RULES: list[tuple[int, list[str], str]] = [
         ["parallel.tp=4", "model.vocab_size=510", "model.vocab_multiple=1"],
         "the padded vocabulary (510 to a multiple of model.vocab_multiple 1 = 510) must be a multiple of parallel.tp (4)",
     ),
-    (
-        3,
-        ["parallel.pp=3"],
-        "model.num_layers (4) must be a multiple of parallel.pp (3): use parallel.pp=2 or 4",
-    ),
+    (8, ["parallel.pp=8"], "model.num_layers (4) must be at least parallel.pp x parallel.vp (8 x 1 = 8)"),
     (
         4,
         ["parallel.tp=4", "parallel.sequence_parallel=true", "train.seq_len=66"],
@@ -161,6 +171,10 @@ def test_rule_on_ranks(world_size: int, changes: list[str], message: str, tmp_pa
         (1, ["model.head_dim=20"]),  # heads need not fill the hidden size
         (1, ["model.rope_scaling=linear", "model.rope_scaling_factor=2"]),
         (1, ["model.tie_embeddings=true"]),
+        (2, ["model.tie_embeddings=true", "parallel.pp=2"]),
+        (3, ["parallel.pp=3"]),
+        (2, ["parallel.pp=2", "parallel.vp=2", "train.global_batch_size=7"]),
+        (2, ["parallel.pp=2", "parallel.layers_per_stage=[1,3]"]),
         (1, ["optim.schedule=wsd", "optim.warmup_steps=50", "optim.decay_steps=50"]),
         (1, ["optim.clip=0", "optim.weight_decay=0", "checkpoint.interval=0", "optim.min_lr_ratio=0"]),
     ],

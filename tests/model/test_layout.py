@@ -54,6 +54,8 @@ def whole(extra, world_size):
         (4, ["parallel.tp=4", "model.num_kv_heads=2"]),
         (2, ["parallel.pp=2"]),
         (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
+        (2, ["parallel.pp=2", "parallel.vp=2", "model.tie_embeddings=true"]),
+        (3, ["parallel.pp=3", "parallel.layers_per_stage=[2,1,1]"]),
     ],
 )
 def test_initial_weights_do_not_depend_on_the_layout(world_size, extra):
