@@ -1,0 +1,49 @@
+"""Random data to verify with, so that no corpus is needed, and a loss mask as uneven as real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+MASK_PERIOD = 4
+"""Labels that are multiples of this do not count in the loss."""
+
+
+def write_tokens(prefix: Path, *, num_tokens: int, vocab_size: int, seq_len: int, seed: int) -> None:
+    """A `.bin`/`.idx` pair of random documents, some shorter than a sequence, some longer.
+
+    Documents differ in their share of masked labels, so that micro-batches and ranks hold unequal numbers of
+    counted tokens: a mean of means is then wrong by more than rounding.
+    """
+    generator = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    written = 0
+    while written < num_tokens:
+        length = int(generator.integers(2, 2 * seq_len))
+        tokens = generator.integers(0, vocab_size, length)
+        masked = generator.random(length) < generator.choice([0.0, 0.3, 0.9])
+        tokens = np.where(masked, tokens // MASK_PERIOD * MASK_PERIOD, tokens)
+        builder.add_document(tokens, [length])
+        written += length
+    builder.finalize(f"{prefix}.idx")
+
+
+def with_uneven_mask(batches: Sequence[Any]) -> list[Any]:
+    """The micro-batches with the labels that are multiples of MASK_PERIOD left out of the loss.
+
+    A function of each label alone, so it is the same however the batch is cut.
+    """
+    return [
+        None
+        if batch is None
+        else dataclasses.replace(
+            batch, loss_mask_BS=batch.loss_mask_BS * (batch.labels_BS % MASK_PERIOD != 0).to(torch.float32)
+        )
+        for batch in batches
+    ]
