@@ -27,6 +27,21 @@ LAYOUTS = {
         [PP2, TIED, "parallel.tp=2", "parallel.sequence_parallel=true", "zero.stage=2"],
     ),
     **{f"tied dp2 pp2 zero{z}": (4, [PP2, TIED, f"zero.stage={z}"]) for z in range(3)},
+    "zero3 recompute full": (1, ["zero.stage=3", "train.recompute=full"]),
+    "dp2 zero2 recompute full": (2, ["zero.stage=2", "train.recompute=full"]),
+    "recompute 2 of 4 layers": (1, ["train.recompute=full", "train.recompute_layers=2"]),
+    "dp2 pp2 vp2 zero2 recompute 1 layer": (
+        4,
+        [PP2, VP2, "model.num_layers=8", "zero.stage=2", "train.recompute=full", "train.recompute_layers=1"],
+    ),
+    "pp2 zero3": (2, [PP2, "zero.stage=3"]),
+    "dp2 pp2 zero3": (4, [PP2, "zero.stage=3"]),
+    "dp2 pp2 vp2 tied zero3": (4, [PP2, VP2, TIED, "zero.stage=3"]),
+    "tied pp2 zero3 recompute full": (2, [PP2, TIED, "zero.stage=3", "train.recompute=full"]),
+    "tp2 sp dp2 pp2 tied zero3": (
+        8,
+        [PP2, TIED, "parallel.tp=2", "parallel.sequence_parallel=true", "zero.stage=3"],
+    ),
 }
 
 
@@ -52,3 +67,34 @@ def test_pipeline_equals_one_process(name, oracle, tmp_path):
     assert loss <= TOLERANCE and grad_norm <= TOLERANCE, (
         f"{name}: loss {loss:.1e}, gradient norm {grad_norm:.1e}"
     )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_low_precision_interleaved_and_tied_stays_close_to_fp32(dtype, zero, oracle, tmp_path):
+    extra = [PP2, VP2, TIED, f"zero.stage={zero}"]
+    got = run_job(tmp_path, 2, f"precision.dtype={dtype}", *extra)
+    loss, grad_norm = worst_relative(got, oracle(extra))
+    limit = {"bf16": (2e-3, 3e-2), "fp16": (3e-4, 5e-3)}[dtype]
+    assert loss < limit[0] and grad_norm < limit[1], (loss, grad_norm)
+    assert (loss, grad_norm) != (0.0, 0.0), "computed in fp32"
+
+
+RECOMPUTED = {
+    "one rank": (1, []),
+    "tp2 sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "pp2 zero2": (2, [PP2, "zero.stage=2"]),
+    "pp2 vp2 tied zero3": (2, [PP2, VP2, TIED, "zero.stage=3"]),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputation_draws_the_same_dropout(name, tmp_path):
+    world_size, extra = RECOMPUTED[name]
+    extra = [*extra, "model.hidden_dropout=0.1", "train.steps=2"]
+    kept = run_job(tmp_path, world_size, *extra, run_name="kept")
+    for words in (["train.recompute=full"], ["train.recompute=full", "train.recompute_layers=1"]):
+        again = run_job(tmp_path, world_size, *extra, *words, run_name=f"again{len(words)}")
+        assert again == kept
+    plain = run_job(tmp_path, world_size, *extra, "model.hidden_dropout=0", run_name="plain")
+    assert plain != kept, "nothing was dropped"

@@ -21,6 +21,17 @@ LAYOUTS = {
     "dp2 zero1 bf16": (2, ["zero.stage=1", "precision.dtype=bf16"]),
     "dp2 zero3": (2, ["zero.stage=3"]),
     "pp2 zero2 bf16": (2, ["parallel.pp=2", "zero.stage=2", "precision.dtype=bf16"]),
+    "pp2 vp2 tied zero1": (2, ["parallel.pp=2", "parallel.vp=2", "model.tie_embeddings=true"]),
+    "pp2 vp2 tied zero3 bf16": (
+        2,
+        [
+            "parallel.pp=2",
+            "parallel.vp=2",
+            "model.tie_embeddings=true",
+            "zero.stage=3",
+            "precision.dtype=bf16",
+        ],
+    ),
     "tp2 sp fp16 with dropout": (
         2,
         [

@@ -23,6 +23,7 @@ VALUE_RULES: tuple[Rule, ...] = (
     check_values.check_rope,
     check_values.check_seq_len,
     check_layout.check_combinations,
+    check_layout.check_recompute,
 )
 
 DIVIDING_RULES: tuple[Rule, ...] = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megallama.config.schema import RunConfig
+from megallama.config.schema import Recompute, RunConfig
 from megallama.grid import (
     Grid,
     micro_batch_group_size,
@@ -111,6 +111,16 @@ def check_layers_over_pp(config: RunConfig) -> Iterator[str]:
         )
 
 
+def check_recompute(config: RunConfig) -> Iterator[str]:
+    """A number of layers to recompute belongs to full recomputation."""
+    train = config.train
+    if train.recompute_layers is not None and train.recompute != Recompute.full:
+        yield (
+            f"train.recompute_layers ({train.recompute_layers}) needs train.recompute=full"
+            f" (it is {train.recompute.value}): set that, or leave recompute_layers out"
+        )
+
+
 def check_sequence_parallel(config: RunConfig) -> Iterator[str]:
     """Sequence parallelism cuts sequences over the tensor-parallel ranks."""
     tp, seq_len = config.parallel.tp, config.train.seq_len
@@ -132,12 +142,6 @@ def check_combinations(config: RunConfig) -> Iterator[str]:
         yield f"parallel.cp ({parallel.cp}) must be 1: context parallelism is not supported yet"
     if not 0 <= stage <= 3:
         yield f"zero.stage ({stage}) must be 0, 1, 2 or 3: 1 shards the optimizer state and suits most runs"
-    if stage == 3 and parallel.pp > 1:
-        yield (
-            f"zero.stage (3) needs parallel.pp ({parallel.pp}) = 1: DeepSpeed compares its parameter fetches"
-            " over all ranks, which deadlocks when pipeline stages run different schedules;"
-            " use zero.stage=2 or parallel.pp=1"
-        )
 
 
 def _divisors(value: int, near: int) -> str:

@@ -28,6 +28,7 @@ AT_LEAST_ONE = (
     "train.steps",
     "train.seq_len",
     "train.micro_batch_size",
+    "train.recompute_layers",
     "train.global_batch_size",
     "eval.batches",
     "log.interval",

@@ -180,6 +180,8 @@ class TrainConfig:
     """Sequences of one optimizer step over the whole job."""
     recompute: Recompute = Recompute.none
     """Activation recomputation: none, selective (core attention), full (every layer)."""
+    check_invariants: bool = False
+    """Before each step, prove that copies agree over dp, cp, tp and stages, and that gradients start from zero."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,8 @@ class LogConfig:
     """auto: online when WANDB_API_KEY is set, else offline in the run folder. Never asks."""
     wandb_project: str = "megallama"
     """Weights & Biases project."""
+    traffic: bool = False
+    """Count the bytes of every collective and send of rank 0, by group, operation and format, as `traffic/...`."""
 
 
 @dataclass(frozen=True)

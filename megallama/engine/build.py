@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megallama.config.schema import Dtype, RunConfig
 from megallama.engine.adam import build_adam, parameter_groups
 from megallama.engine.fragment import Fragment
+from megallama.engine.invariants import Invariants
 from megallama.engine.learning_rate import learning_rate
 from megallama.engine.schedule import ScheduledChunk, run_schedule
 from megallama.engine.state import (
@@ -46,10 +47,13 @@ class Engine:
             EmbeddingTie(stage, self._zero, topology=topology) if config.model.tie_embeddings else None
         )
         check_fragments(self._zero, stage.module)
+        self._invariants = Invariants(stage, self._zero, topology=topology)
 
     def train_step(self, step: int, batches: Sequence[MicroBatch | None]) -> StepResult:
         """Optimizer step number `step` (from 0) over this rank's micro-batches."""
         topology, config = self._topology, self._config
+        if config.train.check_invariants:
+            self.check_invariants(step)
         seed_streams(topology, seed=config.train.seed, step=step)
         num_tokens = self._count_tokens(batches)
         loss_scale = self._zero.loss_scale
@@ -78,6 +82,10 @@ class Engine:
             loss_scale=loss_scale,
             is_skipped=is_skipped,
         )
+
+    def check_invariants(self, step: int) -> None:
+        """Raise InvariantError on every rank where copies differ or gradients are left over; a collective call."""
+        self._invariants.check(step)
 
     @torch.no_grad()
     def eval_step(self, batches: Sequence[MicroBatch | None]) -> EvalResult:

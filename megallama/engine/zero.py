@@ -15,6 +15,7 @@ Written against DeepSpeed 0.19.8. What is done here beside calling its public fu
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import sys
@@ -140,6 +141,17 @@ class ZeroEngine:
         with deepspeed.zero.GatheredParameters([parameter]):
             yield
 
+    def kept_gradients(self) -> Iterator[torch.Tensor]:
+        """What DeepSpeed has summed beside the parameters' own gradients; nothing, or zeros, between two steps.
+
+        Not ZeRO 3's buffer: it is overwritten by the first backward, not cleared.
+        """
+        optimizer = self.optimizer
+        for flat in getattr(optimizer, "fp32_groups_gradients_flat", []):
+            yield flat
+        for group in getattr(optimizer, "averaged_gradients", {}).values():
+            yield from (tensor for tensor in group or [] if tensor is not None)
+
     def train(self, mode: bool) -> None:
         """Switch the stage between training and evaluation."""
         self._engine.train(mode)
@@ -162,6 +174,9 @@ class ZeroEngine:
 
     def _start_deepspeed(self) -> None:
         deepspeed.utils.logger.setLevel(logging.ERROR)
+        # Prints memory to stdout while it is built, whatever the log level.
+        bf16_optimizer: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
+        bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
         if self._topology.device.type == "cpu":
             # By name: the attribute `deepspeed.comm.torch` is torch itself.
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megallama.config.schema import Dtype, ModelConfig, Recompute, RunConfig
+from megallama.config.schema import Dtype, ModelConfig, Recompute, RunConfig, TrainConfig
 from megallama.grid import padded_vocab_size, split_layers
 from megallama.kernels.attention import choose_attention
 from megallama.kernels.norm import choose_norm
@@ -141,7 +141,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         **_pipeline(config),
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
-        **_recompute(config.train.recompute),
+        **_recompute(config.train),
         # The loss function scales by the token count of the whole step itself.
         calculate_per_token_loss=True,
         # Parameters are allocated on the host and filled by initialize.py.
@@ -178,7 +178,10 @@ def _pipeline(config: RunConfig) -> dict[str, object]:
     )
 
 
-def _recompute(kind: Recompute) -> dict[str, object]:
+def _recompute(train: TrainConfig) -> dict[str, object]:
+    kind, layers = train.recompute, train.recompute_layers
+    if kind == Recompute.full and layers is not None:
+        return dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=layers)
     if kind == Recompute.full:
         return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     if kind == Recompute.selective:

@@ -87,7 +87,8 @@ RULES: list[tuple[list[str], str]] = [
     (["parallel.layers_per_stage=[2,2]"], "parallel.layers_per_stage ([2, 2]) must be"),
     (["zero.stage=4"], "zero.stage (4) must be 0, 1, 2 or 3"),
     (["zero.stage=-1"], "zero.stage (-1) must be 0, 1, 2 or 3"),
-    (["zero.stage=3", "parallel.pp=2"], "zero.stage (3) needs parallel.pp (2) = 1"),
+    (["train.recompute_layers=1"], "train.recompute_layers (1) needs train.recompute=full (it is none)"),
+    (["train.recompute=full", "train.recompute_layers=0"], "train.recompute_layers (0) must be"),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel (true) needs parallel.tp (1) above 1"),
     # data
     (["data.sources=[]"], "data.sources ([]) must name what to train on"),
@@ -173,6 +174,7 @@ def test_rule_on_ranks(world_size: int, changes: list[str], message: str, tmp_pa
         (1, ["model.tie_embeddings=true"]),
         (2, ["model.tie_embeddings=true", "parallel.pp=2"]),
         (3, ["parallel.pp=3"]),
+        (4, ["parallel.pp=2", "zero.stage=3"]),
         (2, ["parallel.pp=2", "parallel.vp=2", "train.global_batch_size=7"]),
         (2, ["parallel.pp=2", "parallel.layers_per_stage=[1,3]"]),
         (1, ["optim.schedule=wsd", "optim.warmup_steps=50", "optim.decay_steps=50"]),
