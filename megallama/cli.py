@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from megallama.host.errors import EXIT_USER_ERROR, UserError
+from megallama.host.errors import EXIT_DIFFERENT, EXIT_USER_ERROR, UserError
 from megallama.host.log import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 2 for something that the user can mend, 130 for ctrl-c."""
+    """Run one command; returns its exit code.
+
+    0, 1 where `verify` found a difference, 2 for something that the user can mend, 130 for ctrl-c.
+    """
     options = _parser().parse_args(arguments)
     quiet_libraries()
     try:
-        options.command(options)
+        return options.command(options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -41,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tokenizer(commands)
     _add_prepare(commands)
     _add_check(commands)
+    _add_verify(commands)
     _add_generate(commands)
     _add_plot(commands)
     return parser
@@ -160,6 +164,60 @@ def _check(options: argparse.Namespace) -> None:
         f"ok: {model.name}, {count_parameters(model, padded=True):,} parameters,"
         f" {train.steps:,} steps of {tokens_per_step:,} tokens = {train.steps * tokens_per_step / 1e9:.3g}B tokens"
     )
+
+
+def _add_verify(commands: Commands) -> None:
+    verify = commands.add_parser(
+        "verify", help="prove on this machine's CPU that layouts compute what one process computes"
+    )
+    verify.add_argument("overrides", nargs="*", help="what launch/train.py is given: +exp=... key=value ...")
+    which = verify.add_mutually_exclusive_group()
+    which.add_argument(
+        "--layouts",
+        metavar='"tp=2,pp=2;dp=4,zero=2"',
+        help="layouts, apart by semicolons (default: the run's own axes, each cut down to 2)",
+    )
+    which.add_argument("--all", action="store_true", help="every layout that is legal for the run")
+    verify.add_argument("--max-ranks", type=int, default=None, help="most ranks of --all (default: 4)")
+    verify.add_argument("--steps", type=int, default=5, help="optimizer steps (default: 5)")
+    verify.add_argument(
+        "--dtype",
+        choices=["fp64", "fp32", "bf16"],
+        default="fp64",
+        help="fp64 tells every bug from rounding; the others run training's own code (default: fp64)",
+    )
+    verify.add_argument("--traffic", action="store_true", help="show the bytes that each layout moves")
+    verify.set_defaults(command=_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from megallama.config.load import load_config
+    from megallama.host.ranks import start_forkserver
+    from megallama.verify.layouts import legal_layouts, parse_layouts
+    from megallama.verify.report import header, row, summary, traffic_rows
+    from megallama.verify.verify import default_layouts, verify
+
+    if options.max_ranks is not None and not options.all:
+        raise UserError(f"--max-ranks ({options.max_ranks}) needs --all: layouts by name have their own ranks")
+    max_ranks = 4 if options.max_ranks is None else options.max_ranks
+    if max_ranks < 1:
+        raise UserError(f"--max-ranks ({max_ranks}) must be at least 1")
+    config = load_config(options.overrides)
+    if options.layouts is not None:
+        layouts = parse_layouts(options.layouts)
+    else:
+        layouts = legal_layouts(config, max_ranks=max_ranks) if options.all else default_layouts(config)
+    start_forkserver()
+    results = []
+    for result in verify(config, layouts, steps=options.steps, dtype=options.dtype):
+        if not results:
+            print(header(name=config.model.name, steps=options.steps, dtype=options.dtype))
+        results.append(result)
+        print(row(result), flush=True)
+    if options.traffic:
+        print("\n".join(traffic_rows(result) for result in results))
+    print(summary(results))
+    return 0 if all(result.is_equal for result in results) else EXIT_DIFFERENT
 
 
 def _add_generate(commands: Commands) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 EXIT_USER_ERROR = 2
 
+EXIT_DIFFERENT = 1
+"""`megallama verify` found a layout that is not equal to one process."""
+
 
 class UserError(ValueError):
     """Something outside the program must change. The text says what, with the values and the remedy."""

@@ -9,7 +9,12 @@ import torch
 
 from megallama.config.schema import Dtype
 
-TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
+TORCH_DTYPE = {
+    Dtype.fp32: torch.float32,
+    Dtype.bf16: torch.bfloat16,
+    Dtype.fp16: torch.float16,
+    Dtype.fp64: torch.float64,
+}
 MEASURED = "measured matmul"
 
 
@@ -74,6 +79,8 @@ def known_peak(device_name: str, *, dtype: Dtype) -> Peak | None:
     for sheet in _DATA_SHEETS:
         if not all(word in words for word in sheet.pattern.replace("-", " ").split()):
             continue
+        if dtype == Dtype.fp64:
+            return None
         if dtype == Dtype.fp32:
             return Peak(sheet.fp32_tflops, sheet.pattern)
         return Peak(sheet.half_tflops, sheet.pattern) if dtype == Dtype.fp16 or sheet.has_bf16 else None

@@ -84,7 +84,8 @@ class TrafficMeter:
         def counted(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             # One method may be built on another: only the outermost counts.
             if self._depth == 0 and group.size() > 1:
-                name = self._names.get(group.group_name, group.group_desc)
+                # megatron-core sends one way of a two-stage pipeline through the group of all ranks.
+                name = "pp" if operation == "send" else self._names.get(group.group_name, group.group_desc)
                 for tensor in _tensors(args[position]):
                     key = (name, operation, str(tensor.dtype).removeprefix("torch."))
                     self._bytes[key] += tensor.numel() * tensor.element_size()

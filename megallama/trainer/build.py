@@ -26,12 +26,14 @@ from megallama.engine.build import Engine
 from megallama.host.errors import UserError
 from megallama.host.launch import LaunchEnvironment
 from megallama.host.log import start_log, stop_log
+from megallama.metrics.traffic import TrafficMeter
 from megallama.topology.groups import Topology
 from megallama.trainer.hooks import CheckpointHook, EvalHook, GuardHook, Hook, StopHook
-from megallama.trainer.loop import Trainer
+from megallama.trainer.loop import StepEngine, Trainer
 from megallama.trainer.metrics_hook import MetricsHook
 from megallama.trainer.run_folder import RunFolder
 from megallama.trainer.state import TrainState
+from megallama.trainer.traffic_hook import MeteredEngine
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,10 @@ def build_trainer(
         hooks.append(
             EvalHook(engine, loader.validation_batches, interval=config.eval.interval, last_step=train.steps)
         )
+    stepper: StepEngine = engine
+    if config.log.traffic and topology.rank == 0:
+        stepper = metered = MeteredEngine(engine, TrafficMeter(topology))
+        hooks.append(metered)
     if topology.rank == 0:
         hooks.append(MetricsHook(config, topology, folder=folder, has_wandb_key=environment.has_wandb_key))
     hooks.append(GuardHook())
@@ -90,7 +96,7 @@ def build_trainer(
     hooks.append(SignalHook(topology, checkpoints))
     hooks.append(LoaderHook(loader))
     return Trainer(
-        engine,
+        stepper,
         loader,
         state=state,
         hooks=hooks,

@@ -88,6 +88,7 @@ def run_rank(
         gradients: dict[str, BoxedTensor] = {}
         for step in range(config.train.steps):
             batches = with_uneven_mask(loader.batches(step))
+            engine.check_invariants(step)
             with meter:
                 steps.append(engine.train_step(step, batches))
             if step == 0:

@@ -122,7 +122,6 @@ class _Bench:
             {
                 "data.sources": [str(folder / "tokens")],
                 "train.run_dir": str(folder),
-                "train.check_invariants": True,
                 "precision.dtype": dtype,
             },
         )
