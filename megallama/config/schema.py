@@ -179,7 +179,9 @@ class TrainConfig:
     global_batch_size: int = MISSING
     """Sequences of one optimizer step over the whole job."""
     recompute: Recompute = Recompute.none
-    """Activation recomputation: none, selective (core attention), full (every layer)."""
+    """Activation recomputation: none, selective (core attention), full (every layer, or `recompute_layers`)."""
+    recompute_layers: int | None = None
+    """Layers of each stage (of each chunk with vp > 1) that `recompute=full` recomputes, the first ones. Null: all."""
     check_invariants: bool = False
     """Before each step, prove that copies agree over dp, cp, tp and stages, and that gradients start from zero."""
 

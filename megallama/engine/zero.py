@@ -5,16 +5,23 @@ Written against DeepSpeed 0.19.8. What is done here beside calling its public fu
 - `managed_gradient_accumulation: false` with one accumulation step: the schedule owns the micro-batches; else
   every stage would divide the gradient once more.
 - Its state of backward hooks assumes forward, backward, forward, backward. Under 1F1B backwards follow each
-  other and gradients would silently go missing (ZeRO 2, bf16), so `Adapter` clears that state at the start of
-  each backward, and `check_backwards` counts that every backward reached its end.
+  other and gradients would silently go missing (ZeRO 2, bf16), so that state is cleared at the start of
+  each backward: just before DeepSpeed's own prologue, for what the prologue sets must last (with ZeRO 3 and
+  recompute the reduction would else run after the first layer). `_check_backwards` counts that every backward
+  reached its end and left no gradient behind.
 - Stage 0 of DeepSpeed cannot run a backward that starts from a pipeline gradient and accumulates bf16
   gradients in bf16. Here stage 0 is its stage 1 over a group of this rank alone, with one all-reduce of the
   fp32 gradients before the step.
+- ZeRO 3 compares the order of parameter fetches over all ranks of the job. Pipeline stages differ in it and in how
+  often they compare, which deadlocks: here only the ranks that share parameters are compared.
+- ZeRO 3 lets the first backward of a step overwrite the gradients of the last step, and the later ones add. Under
+  the interleaved schedule the first backward reaches one chunk only: so the gradients are cleared after the step.
 - On CPU it would compile a shared-memory all-reduce at first use; gloo serves instead and no compiler is needed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import math
@@ -45,38 +52,6 @@ REDUCE_BUCKET_ELEMENTS = 25_000_000
 """Elements of one all-reduce of stage 0."""
 
 
-class Adapter(torch.nn.Module):
-    """The module that DeepSpeed wraps: one stage, whose output starts each backward with clean hook state.
-
-    The hook sits inside the module, so it is registered before DeepSpeed's own and runs first. It makes no
-    view of the output: megatron-core frees pipeline outputs and refuses views.
-    """
-
-    def __init__(self, stage: torch.nn.Module) -> None:
-        super().__init__()
-        self.stage = stage
-        self.num_backwards = 0
-        self._engine: list[Any] = []  # in a list, so that it is no submodule
-
-    def attach(self, engine: Any) -> None:
-        """Tell which engine wraps this module."""
-        self._engine.append(engine)
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The stage's output."""
-        output: torch.Tensor = self.stage(*args, **kwargs)
-        if output.requires_grad:
-            output.register_hook(self._begin_backward)
-        return output
-
-    def _begin_backward(self, gradient: torch.Tensor) -> None:
-        engine = self._engine[0]
-        engine.optimizer.clear_backward_seen_flag()
-        # fp16: only the loss is scaled by engine.scale; a gradient from the next stage arrives scaled.
-        engine._manual_backward_expected = True
-        self.num_backwards += 1
-
-
 class ZeroEngine:
     """DeepSpeed's engine round one pipeline stage, with the calls that the schedule and the step need."""
 
@@ -95,21 +70,19 @@ class ZeroEngine:
         self.shard_group = topology.own_group if self.stage_number == 0 else topology.dp_cp_group
         self.shard_size = self.shard_group.size()
         """Ranks over which DeepSpeed averages gradients; the loss is multiplied by it."""
-        self._adapter = Adapter(stage)
         use_double(config.precision.dtype == Dtype.fp64)
         self._start_deepspeed()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._engine, _, _, _ = deepspeed.initialize(
-                model=self._adapter,
+                model=stage,
                 optimizer=optimizer,
                 config=deepspeed_config(config, shard_size=self.shard_size),
                 mpu=DeepSpeedGroups(topology, shard_group=self.shard_group),
                 dist_init_required=False,
             )
-        self._adapter.attach(self._engine)
-        self._num_epilogues = 0
-        self._count_epilogues()
+        self._num_begun = self._num_ended = 0
+        self._watch_backwards()
 
     @property
     def optimizer(self) -> Any:
@@ -142,11 +115,10 @@ class ZeroEngine:
             yield
 
     def kept_gradients(self) -> Iterator[torch.Tensor]:
-        """What DeepSpeed has summed beside the parameters' own gradients; nothing, or zeros, between two steps.
-
-        Not ZeRO 3's buffer: it is overwritten by the first backward, not cleared.
-        """
+        """What DeepSpeed has summed beside the parameters' own gradients; nothing, or zeros, between two steps."""
         optimizer = self.optimizer
+        if self.stage_number == 3:
+            yield optimizer.grad_partitions_flat_buffer
         for flat in getattr(optimizer, "fp32_groups_gradients_flat", []):
             yield flat
         for group in getattr(optimizer, "averaged_gradients", {}).values():
@@ -168,6 +140,8 @@ class ZeroEngine:
         if self.stage_number == 0:
             self._all_reduce_gradients()
         self._engine.step()
+        if self.stage_number == 3:
+            self.optimizer.grad_partitions_flat_buffer.zero_()
         norm = float(self._engine.get_global_grad_norm())
         skipped = bool(getattr(self.optimizer, "overflow", False))
         return (math.inf if skipped else norm), skipped
@@ -182,23 +156,50 @@ class ZeroEngine:
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
             # It asks oneDNN whether fp16 is fast here; torch computes fp16 on every CPU, if slowly.
             get_accelerator().is_fp16_supported = lambda: True
+        coordinator: Any = sys.modules["deepspeed.runtime.zero.partitioned_param_coordinator"]
+        coordinator.assert_ints_same_as_other_ranks = self._assert_same_ints
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
-    def _count_epilogues(self) -> None:
-        finish = self._engine._backward_epilogue
+    def _assert_same_ints(self, ints: list[int]) -> None:
+        """Whether ZeRO 3 fetches the same parameters in the same order on the ranks that share them."""
+        digest = hashlib.blake2b(repr(ints).encode(), digest_size=7).digest()
+        number = int.from_bytes(digest, "little")
+        both = torch.tensor([number, -number], dtype=torch.int64, device=self.device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.shard_group)
+        high, low = both.tolist()
+        assert high == -low, (
+            f"ZeRO 3: this rank fetches parameters in another order than its replicas: {ints}"
+        )
 
-        def counted() -> None:
-            self._num_epilogues += 1
-            finish()
+    def _watch_backwards(self) -> None:
+        begin, end = self._engine._backward_prologue, self._engine._backward_epilogue
 
-        self._engine._backward_epilogue = counted
+        def begin_clean() -> None:
+            self._begin_backward()
+            begin()
+
+        def end_counted() -> None:
+            self._num_ended += 1
+            end()
+
+        self._engine._backward_prologue, self._engine._backward_epilogue = begin_clean, end_counted
+
+    def _begin_backward(self) -> None:
+        self.optimizer.clear_backward_seen_flag()
+        # fp16: only the loss is scaled by engine.scale; a gradient from the next stage arrives scaled.
+        self._engine._manual_backward_expected = True
+        self._num_begun += 1
 
     def _check_backwards(self) -> None:
-        begun, self._adapter.num_backwards = self._adapter.num_backwards, 0
-        ended, self._num_epilogues = self._num_epilogues, 0
+        begun, ended = self._num_begun, self._num_ended
+        self._num_begun = self._num_ended = 0
         assert begun == ended, (
             f"DeepSpeed finished {ended} of {begun} backwards: gradients of the others would be lost"
         )
+        for bucket in getattr(self.optimizer, "ipg_buckets", {}).values():
+            assert not bucket.params, (
+                "DeepSpeed finished a backward before its last gradient, which would be lost"
+            )
 
     def _all_reduce_gradients(self) -> None:
         """Sum the local fp32 gradients over dp x cp, in place, in buckets."""
@@ -263,6 +264,9 @@ def deepspeed_config(config: RunConfig, *, shard_size: int) -> dict[str, Any]:
     if config.precision.dtype != Dtype.fp64:
         # Absent, both mean the format of the parameters, which is fp64 then (see host/double.py).
         settings |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    if stage == 3:
+        # Norms are too small to be worth a gather each; everything else is sharded, in small models too.
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = config.model.hidden_size
     if config.precision.dtype == Dtype.bf16:
         settings["bf16"] = {"enabled": True}
     if config.precision.dtype == Dtype.fp16:
