@@ -28,6 +28,7 @@ FURTHER = {
 """Dimensions beside the axes of `parallel` and the ZeRO stage."""
 
 
+@functools.cache
 def base() -> RunConfig:
     """A run with grouped key/value heads, padded vocabulary, clipping and weight decay, of free sizes."""
     return load_config(

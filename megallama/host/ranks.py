@@ -29,8 +29,8 @@ def start_forkserver(preload: Sequence[str] = PRELOAD) -> None:
     """Say what the server imports; one compute thread a rank, since many ranks share the cores. Before any rank."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # megatron-core warns at import, in every rank, of optional packages that are absent.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
+    # Of optional packages that are absent, and of names that torch will rename: in every rank.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
     _context.set_forkserver_preload(list(preload))
 
 

@@ -57,15 +57,16 @@ class TrafficMeter:
         for name, group in _named_groups(topology):
             self._names.setdefault(group.group_name, name)
         self._bytes: Counter[TrafficKey] = Counter()
-        self._originals: dict[str, Callable[..., Any]] = {}
+        self._originals: dict[str, Any] = {}
         self._depth = 0
 
     def __enter__(self) -> TrafficMeter:
         for method, (operation, position) in METHODS.items():
-            original = getattr(dist.ProcessGroup, method, None)
-            if original is not None:
-                self._originals[method] = original
-                setattr(dist.ProcessGroup, method, self._counted(original, operation, position))
+            if method in vars(dist.ProcessGroup):
+                # The descriptor, which binds when it is put back; the plain function does not.
+                self._originals[method] = vars(dist.ProcessGroup)[method]
+                function = getattr(dist.ProcessGroup, method)
+                setattr(dist.ProcessGroup, method, self._counted(function, operation, position))
         return self
 
     def __exit__(self, *_: object) -> None:

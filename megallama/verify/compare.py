@@ -34,6 +34,11 @@ class Comparison:
     missing: list[str] = field(default_factory=list)
     """Canonical tensors that no rank, or not enough of them, holds."""
 
+    @property
+    def broken(self) -> str:
+        """The first invariant that did not hold; empty: all did."""
+        return self.reports[0].broken
+
     def parts(self, kind: str) -> list[Difference]:
         """All tensor parts of one kind."""
         return [d for report in self.reports for d in report.differences if d.kind == kind]

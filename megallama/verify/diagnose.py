@@ -15,7 +15,7 @@ Tolerances = Mapping[str, float]
 
 def is_equal(comparison: Comparison, tolerances: Tolerances) -> bool:
     """Whether every error is within its tolerance and nothing is missing."""
-    return not comparison.missing and all(
+    return not comparison.missing and not comparison.broken and all(
         error <= tolerances[quantity] for quantity, error in comparison.errors.items()
     )
 
@@ -25,6 +25,8 @@ def likely_cause(comparison: Comparison, config: RunConfig, *, dp: int, toleranc
     for rule in (_missing, _not_finite, _later_only, _loss, _factor, _norm_only, _one_kind, _after_first):
         for cause in rule(comparison, config, dp, tolerances):
             return cause
+    if comparison.broken:
+        return "the numbers agree, yet ranks differ where they must not"
     worst = max(comparison.worst.values(), key=lambda d: d.error)
     return f"no known pattern; largest in {worst.key} on rank {worst.rank}"
 

@@ -13,6 +13,7 @@ from megallama.checkpoint.boxes import BoxedTensor, build_boxes
 from megallama.config.schema import OptimConfig, RunConfig
 from megallama.data.build import build_loader
 from megallama.engine.build import Engine, build_engine
+from megallama.engine.invariants import InvariantError
 from megallama.engine.step import StepResult
 from megallama.grid import Coordinates
 from megallama.host.launch import read_launch_environment
@@ -58,6 +59,8 @@ class RankReport:
     """Bytes of one step after the first."""
     keys: tuple[str, ...]
     """Canonical names of the parameters that this rank holds a part of."""
+    broken: str
+    """The first invariant that did not hold, the same on every rank; empty: all did."""
 
 
 def run_rank(
@@ -86,9 +89,10 @@ def run_rank(
         meter = TrafficMeter(topology)
         steps: list[StepResult] = []
         gradients: dict[str, BoxedTensor] = {}
+        broken = ""
         for step in range(config.train.steps):
             batches = with_uneven_mask(loader.batches(step))
-            engine.check_invariants(step)
+            broken = broken or _broken_invariants(engine, step)
             with meter:
                 steps.append(engine.train_step(step, batches))
             if step == 0:
@@ -107,7 +111,15 @@ def run_rank(
             for kind, part in held.items():
                 for key, tensor in part.items():
                     differences.append(_compare(kind, key, topology.rank, tensor, wanted[f"{kind}/{key}"]))
-        return RankReport(topology.grid.coordinates(topology.rank), steps, differences, traffic, tuple(parameters))
+        return RankReport(topology.grid.coordinates(topology.rank), steps, differences, traffic, tuple(parameters), broken)
+
+
+def _broken_invariants(engine: Engine, step: int) -> str:
+    try:
+        engine.check_invariants(step)
+    except InvariantError as error:
+        return str(error)
+    return ""
 
 
 def _canonical(engine: Engine, kind: str) -> Iterator[tuple[str, BoxedTensor]]:

@@ -63,7 +63,7 @@ def verify(
     check_layouts(config, layouts)
     for group in _alike(config, layouts):
         with tempfile.TemporaryDirectory(prefix="megallama-verify-") as folder:
-            bench = _Bench(config, group, steps=steps, dtype=dtype, folder=Path(folder))
+            bench = Bench(config, group, steps=steps, dtype=dtype, folder=Path(folder))
             for layout in group:
                 yield bench.verify(layout, before=before)
 
@@ -99,7 +99,7 @@ def _model_settings(layout: Layout) -> tuple[Any, ...]:
     return tuple((k, v) for k, v in layout.settings if k.partition(".")[0] in ("model", "data", "optim"))
 
 
-class _Bench:
+class Bench:
     """A small run, its data, and the reference tensors of one process."""
 
     def __init__(
@@ -150,10 +150,14 @@ class _Bench:
             is_equal=equal,
             errors=found.errors,
             worst={kind: f"{part.key} on rank {part.rank}" for kind, part in found.worst.items()},
-            cause="" if equal else likely_cause(found, config, dp=layout.dp, tolerances=self._tolerances),
+            cause="" if equal else self._cause(found, config, layout),
             traffic=found.traffic(),
             seconds=time.monotonic() - started,
         )
+
+    def _cause(self, found: Comparison, config: RunConfig, layout: Layout) -> str:
+        cause = likely_cause(found, config, dp=layout.dp, tolerances=self._tolerances)
+        return f"{cause}\n    {found.broken}".rstrip().replace("\n  -", "\n      -") if found.broken else cause
 
     def _run_reference(self, dtype: str) -> RankReport:
         """One process with plain kernels, the whole batch in one forward, nothing sharded or recomputed."""

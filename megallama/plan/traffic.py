@@ -1,0 +1,205 @@
+"""Bytes that a rank moves in one step, by formula: the arithmetic behind docs/parallelism.md.
+
+A call counts with its larger buffer: what all_gather gives, what reduce_scatter takes, what all_reduce, broadcast
+and send are given. On a ring of n ranks an all_reduce moves 2 (n - 1) / n of that over the wire, all_gather and
+reduce_scatter (n - 1) / n. `metrics/traffic.py` measures the same; a test holds the two equal byte for byte.
+
+Letters: S positions of a rank's part of a sequence, B sequences of a micro-batch, H hidden width, m micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megallama.config.schema import Dtype, Recompute, RunConfig
+from megallama.grid import Coordinates, Grid, num_micro_batches, padded_vocab_size, split_layers
+from megallama.host.errors import UserError
+
+Traffic = dict[tuple[str, str, str], int]
+"""(group, operation, format) -> bytes."""
+
+NUMPY_NAMES = {Dtype.fp32: "float32", Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp64: "float64"}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8}
+
+ALIGNMENT = 2
+"""DeepSpeed pads the flat buffer of a parameter group to a multiple of this times the ranks that share it."""
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """What a rank holds of the model."""
+
+    layers: int
+    is_first: bool
+    is_last: bool
+    matrices: list[int]
+    """Elements of each local matrix (weight decay group)."""
+    vectors: list[int]
+    """Elements of each local norm weight."""
+
+
+def step_traffic(config: RunConfig, *, grid: Grid, place: Coordinates) -> Traffic:
+    """Bytes of one optimizer step of the rank at `place`.
+
+    Raises:
+        UserError: a combination without a formula: cp, ZeRO 3 with stages, fewer key/value heads than tp ranks.
+    """
+    kv_heads = config.model.num_kv_heads or config.model.num_heads
+    if grid.cp > 1:
+        raise UserError(f"parallel.cp ({grid.cp}) has no traffic formula here: see docs/parallelism.md")
+    if kv_heads % grid.tp:
+        raise UserError(
+            f"model.num_kv_heads ({kv_heads}) below parallel.tp ({grid.tp}) has no traffic formula: use a smaller tp"
+        )
+    if config.zero.stage == 3 and grid.pp > 1:
+        raise UserError(
+            f"zero.stage (3) with parallel.pp ({grid.pp}) has no traffic formula: what is gathered again depends on"
+            " the micro-batches in flight; measure it with log.traffic=true"
+        )
+    holding = _holding(config, grid, place)
+    micro_batches = num_micro_batches(
+        config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size, dp=grid.dp
+    )
+    traffic: Counter[tuple[str, str, str]] = Counter()
+    _add_tensor_parallel(traffic, config, grid, holding, micro_batches)
+    _add_pipeline(traffic, config, grid, place, micro_batches)
+    _add_zero(traffic, config, grid, holding, micro_batches)
+    _add_ties(traffic, config, grid, place)
+    return {key: count for key, count in traffic.items() if count}
+
+
+def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
+    model, parallel = config.model, config.parallel
+    stages = parallel.layers_per_stage or split_layers(model.num_layers, grid.pp * parallel.vp)
+    layers = sum(stages[place.pp :: grid.pp])
+    is_first, is_last = place.pp == 0, place.pp == grid.pp - 1
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    query = model.num_heads * head_dim
+    key_value = (model.num_kv_heads or model.num_heads) * head_dim
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    matrices = [(query + 2 * key_value) * hidden, query * hidden, 2 * ffn * hidden, ffn * hidden] * layers
+    rows = padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple)
+    # A tied copy on the last stage is no parameter.
+    tables = int(is_first) + int(is_last and not model.tie_embeddings)
+    return _Holding(
+        layers=layers,
+        is_first=is_first,
+        is_last=is_last,
+        matrices=[size // grid.tp for size in matrices + [rows * hidden] * tables],
+        vectors=[hidden] * (2 * layers + int(is_last)),
+    )
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """S x B x H in the format of the activations: the output of a layer for one micro-batch."""
+    train = config.train
+    elements = train.seq_len // config.parallel.cp * train.micro_batch_size * config.model.hidden_size
+    return elements * ITEM_BYTES[NUMPY_NAMES[config.precision.dtype]]
+
+
+def _wide(config: RunConfig) -> str:
+    return "float64" if config.precision.dtype == Dtype.fp64 else "float32"
+
+
+def _add_tensor_parallel(
+    traffic: Counter[tuple[str, str, str]], config: RunConfig, grid: Grid, holding: _Holding, m: int
+) -> None:
+    if grid.tp == 1:
+        return
+    layers, first, last = holding.layers, int(holding.is_first), int(holding.is_last)
+    again = layers if config.train.recompute == Recompute.full else 0
+    dtype, activation = NUMPY_NAMES[config.precision.dtype], activation_bytes(config)
+    if config.parallel.sequence_parallel:
+        # A layer: forward gathers twice and scatters twice; backward gathers twice the gradients and twice the
+        # inputs anew, and scatters twice. The embedding scatters and gathers; the output layer gathers twice
+        # and scatters once.
+        traffic["tp", "all_gather", dtype] += m * activation * (6 * layers + 2 * again + first + 2 * last)
+        traffic["tp", "reduce_scatter", dtype] += m * activation * (4 * layers + 2 * again + first + last)
+        norms = sum(holding.vectors) * ITEM_BYTES[dtype]
+        traffic["tp", "all_reduce", dtype] += m * norms
+    else:
+        traffic["tp", "all_reduce", dtype] += m * activation * (4 * layers + 2 * again + first + last)
+    if last:
+        # Cross-entropy: the largest logit, the logit of the label, the sum of exponentials, of each token.
+        tokens = config.train.seq_len * config.train.micro_batch_size
+        traffic["tp", "all_reduce", _wide(config)] += 3 * m * tokens * ITEM_BYTES[_wide(config)]
+
+
+def _add_pipeline(
+    traffic: Counter[tuple[str, str, str]], config: RunConfig, grid: Grid, place: Coordinates, m: int
+) -> None:
+    if grid.pp == 1:
+        return
+    part = activation_bytes(config) // (grid.tp if config.parallel.sequence_parallel else 1)
+    # Every chunk but the last of all sends forward, every chunk but the first of all sends backward.
+    forward = config.parallel.vp - int(place.pp == grid.pp - 1)
+    backward = config.parallel.vp - int(place.pp == 0)
+    traffic["pp", "send", NUMPY_NAMES[config.precision.dtype]] += m * part * (forward + backward)
+    traffic["pp", "all_reduce", "float64"] += 2 * 8  # loss and tokens
+
+
+def _add_zero(
+    traffic: Counter[tuple[str, str, str]], config: RunConfig, grid: Grid, holding: _Holding, m: int
+) -> None:
+    stage, dtype, wide = config.zero.stage, NUMPY_NAMES[config.precision.dtype], _wide(config)
+    item, wide_item = ITEM_BYTES[dtype], ITEM_BYTES[wide]
+    groups = [group for group in (holding.matrices, holding.vectors) if group]
+    elements = sum(map(sum, groups))
+    ranks = grid.dp * grid.cp
+    is_bf16 = config.precision.dtype == Dtype.bf16
+    is_bf16_optimizer = is_bf16 and stage < 2
+    is_checked = is_bf16 and stage == 2  # for overflow
+    if grid.tp * grid.pp > 1:
+        scalar = "float64" if stage == 3 else wide
+        # Gradient norm: once for each group with and without decay; DeepSpeed's BF16_Optimizer takes one for both.
+        traffic["tp_pp", "all_reduce", scalar] += (1 if is_bf16_optimizer else 2) * ITEM_BYTES[scalar]
+        if is_checked:
+            traffic["tp_pp", "all_reduce", "uint8"] += 1
+    if ranks == 1:
+        return
+    traffic["dp_cp", "all_reduce", "float64"] += 8  # loss
+    if grid.dp > 1:
+        traffic["dp", "all_reduce", "int64"] += 8  # tokens
+    if is_checked:
+        traffic["dp_cp", "all_reduce", "uint8"] += 1
+    if stage == 0:
+        traffic["dp_cp", "all_reduce", wide] += elements * wide_item
+    elif stage < 3:
+        # ZeRO 2 keeps no gradient of another rank, so it reduces at every micro-batch.
+        times = m if stage == 2 else 1
+        traffic["dp_cp", "all_reduce", wide] += elements * wide_item * times
+        if stage == 2 and config.model.tie_embeddings and grid.pp > 1 and holding.is_first:
+            # The last stage's gradient of the tied weight comes in as one more backward.
+            traffic["dp_cp", "all_reduce", wide] += holding.matrices[-1] * wide_item
+        if not is_bf16_optimizer:
+            traffic["dp_cp", "all_reduce", wide] += 2 * wide_item  # gradient norm
+        alignment = ALIGNMENT * ranks
+        padded = sum(-(-sum(group) // alignment) * alignment for group in groups)
+        traffic["dp_cp", "all_gather", dtype] += padded * item
+    else:
+        padded = sum(-(-size // ranks) * ranks for group in groups for size in group)
+        traffic["dp_cp", "reduce_scatter", wide] += padded * wide_item * m
+        # Vectors are below the size from which DeepSpeed shards. Matrices stay whole from forward to backward where
+        # the model is smaller than stage3_max_live_parameters (1e9 elements); above it they are gathered twice.
+        vectors = sum(holding.vectors) + len(holding.vectors) * (-config.model.hidden_size % ranks)
+        traffic["dp_cp", "all_gather", dtype] += ((padded - vectors) * m + vectors) * item
+        traffic["dp_cp", "all_reduce", "float64"] += 2 * 8
+
+
+def _add_ties(
+    traffic: Counter[tuple[str, str, str]], config: RunConfig, grid: Grid, place: Coordinates
+) -> None:
+    if not config.model.tie_embeddings or grid.pp == 1 or 0 < place.pp < grid.pp - 1:
+        return
+    rows = padded_vocab_size(config.model.vocab_size, multiple=config.model.vocab_multiple)
+    elements = rows * config.model.hidden_size // grid.tp
+    for dtype in (_wide(config), NUMPY_NAMES[config.precision.dtype]):  # gradient, weight
+        traffic["first_last", "broadcast", dtype] += elements * ITEM_BYTES[dtype]
+
+
+def ring_bytes(operation: str, size: int, *, ranks: int) -> float:
+    """Bytes that each rank sends for a call of `size` bytes, on a ring."""
+    share = (ranks - 1) / ranks
+    factor = {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "all_to_all": share}
+    return size * factor.get(operation, 1.0)

@@ -1,0 +1,73 @@
+"""Planted bugs of composition are noticed by the covering set of layouts, and a clean tree raises no alarm."""
+
+from __future__ import annotations
+
+import pytest
+
+from megallama.verify.layouts import parse_layouts
+from megallama.verify.verify import Bench, check_layouts
+from tests.matrix import base
+from tests.mutations import MUTATIONS
+
+# Every pair of axes that a bug can need, in as few ranks as that takes; `tests/matrix.py` covers the pairs of all
+# dimensions, this list is the part of it that one mutation after another can be run against.
+LAYOUTS = parse_layouts(
+    "tp=2,sp=true;tp=2;pp=2,zero=2,recompute=full;dp=2,zero=0;dp=2,zero=3;"
+    "pp=2,ties=true,zero=1;pp=2,vp=2,zero=1;tp=2,pp=2,zero=1;tp=2,sp=true,dp=2,zero=2,mbs=2"
+)
+
+MISSABLE = 1
+"""Bugs of the list that may go unnoticed; which one it is, and why, stands in docs/lab-notes.md."""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory):
+    """One reference for each model of the layouts; `benches.verify(layout, before)`."""
+    return Benches(tmp_path_factory.mktemp("bench"))
+
+
+class Benches:
+    def __init__(self, folder):
+        self._benches = {}
+        check_layouts(base(), LAYOUTS)
+        for ties in (False, True):
+            group = [layout for layout in LAYOUTS if ("ties" in layout.name) == ties]
+            place = folder / f"ties-{ties}"
+            place.mkdir()
+            bench = Bench(base(), group, steps=3, dtype="fp64", folder=place)
+            self._benches |= {layout.name: bench for layout in group}
+
+    def verify(self, layout, before=None):
+        return self._benches[layout.name].verify(layout, before=before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_a_clean_tree_raises_no_alarm(layout, benches):
+    result = benches.verify(layout)
+    assert result.is_equal, result
+
+
+@pytest.mark.timeout(1800)
+def test_the_planted_bugs_are_noticed(benches):
+    noticed, causes = {}, []
+    for name, plant in MUTATIONS.items():
+        noticed[name] = None
+        for layout in LAYOUTS:
+            result = benches.verify(layout, before=plant)
+            if not result.is_equal:
+                noticed[name] = layout.name
+                causes.append(f"{name}: {layout.name}: {result.cause}")
+                break
+    print("\n".join(causes))
+    missed = [name for name, layout in noticed.items() if layout is None]
+    assert len(noticed) >= 20 and len(missed) <= MISSABLE, missed
+
+
+@pytest.mark.parametrize("name", sorted(MUTATIONS))
+def test_no_planted_bug_shows_in_one_process(name, benches):
+    """Else it would be none of composition, and a plain unit test would do."""
+    (alone,) = parse_layouts("mbs=8")
+    bench = benches._benches[LAYOUTS[0].name]
+    assert bench.verify(alone, before=MUTATIONS[name]).is_equal
