@@ -32,6 +32,7 @@ DIVIDING_RULES: tuple[Rule, ...] = (
     check_layout.check_widths_over_tp,
     check_layout.check_layers_over_pp,
     check_layout.check_sequence_parallel,
+    check_layout.check_context_parallel,
 )
 """Rules that need positive sizes."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megallama.config.schema import Recompute, RunConfig
+from megallama.config.schema import ContextKind, Recompute, RunConfig
 from megallama.grid import (
     Grid,
     micro_batch_group_size,
@@ -135,11 +135,32 @@ def check_sequence_parallel(config: RunConfig) -> Iterator[str]:
         )
 
 
+def check_context_parallel(config: RunConfig) -> Iterator[str]:
+    """Context parallelism cuts sequences into two equal chunks a rank, ulysses also the heads."""
+    parallel, seq_len = config.parallel, config.train.seq_len
+    tp, cp = parallel.tp, parallel.cp
+    if cp == 1:
+        return
+    chunks = 2 * cp * (tp if parallel.sequence_parallel else 1)
+    if seq_len % chunks:
+        sizes = f"2 x {cp} x {tp}" if parallel.sequence_parallel else f"2 x {cp}"
+        shared = " x parallel.tp, with parallel.sequence_parallel=true" if parallel.sequence_parallel else ""
+        yield (
+            f"train.seq_len ({seq_len}) must be a multiple of 2 x parallel.cp{shared} ({sizes} = {chunks}):"
+            f" use {nearest_multiples(seq_len, chunks)}"
+        )
+    heads = config.model.num_heads
+    if parallel.cp_kind == ContextKind.ulysses and heads % tp == 0 and heads // tp % cp:
+        yield (
+            f"parallel.cp_kind (ulysses) needs the heads of a tensor rank (model.num_heads / parallel.tp ="
+            f" {heads} / {tp} = {heads // tp}) to be a multiple of parallel.cp ({cp}):"
+            " use parallel.cp_kind=all_gather or ring, or a smaller cp"
+        )
+
+
 def check_combinations(config: RunConfig) -> Iterator[str]:
     """What is not supported, or not yet, with the reason."""
-    parallel, stage = config.parallel, config.zero.stage
-    if parallel.cp > 1:
-        yield f"parallel.cp ({parallel.cp}) must be 1: context parallelism is not supported yet"
+    stage = config.zero.stage
     if not 0 <= stage <= 3:
         yield f"zero.stage ({stage}) must be 0, 1, 2 or 3: 1 shards the optimizer state and suits most runs"
 

@@ -47,6 +47,14 @@ class RopeScaling(str, Enum):
     llama3 = "llama3"
 
 
+class ContextKind(str, Enum):
+    """How context-parallel ranks share the keys and values of a sequence."""
+
+    all_gather = "all_gather"
+    ring = "ring"
+    ulysses = "ulysses"
+
+
 class AttentionKernel(str, Enum):
     """Implementation of core attention."""
 
@@ -133,7 +141,10 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline-parallel size: number of stages."""
     cp: int = 1
-    """Context-parallel size: each sequence is cut over this many ranks. Only 1 is accepted so far."""
+    """Context-parallel size: each sequence is cut over this many ranks, two chunks each."""
+    cp_kind: ContextKind = ContextKind.all_gather
+    """How these ranks share keys and values: all_gather collects them, ring passes them round while it computes,
+    ulysses exchanges heads for positions (needs num_heads / tp a multiple of cp)."""
     vp: int = 1
     """Chunks of layers a rank (interleaved pipeline): the bubble shrinks by this, the traffic grows. Needs pp > 1."""
     layers_per_stage: list[int] = field(default_factory=list)
@@ -232,6 +243,8 @@ class DataConfig:
     """Validation data, written likewise; empty: no evaluation."""
     tokenizer: str | None = None
     """Tokenizer file; its vocabulary is checked against model and data. The run folder gets a copy."""
+    reset_positions: bool = False
+    """Count positions from 0 in every document instead of in every sequence. Attention never crosses a document."""
 
 
 @dataclass(frozen=True)

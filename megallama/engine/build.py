@@ -129,7 +129,8 @@ class Engine:
         """Unmasked tokens of the global batch; 0 on stages that read none."""
         count = sum(int(batch.loss_mask_BS.sum()) for batch in batches if batch is not None)
         tensor = torch.tensor(count, dtype=torch.int64, device=self._topology.device)
-        dist.all_reduce(tensor, group=self._topology.dp_group)
+        # Ranks of a cp group hold parts of the same sequences.
+        dist.all_reduce(tensor, group=self._topology.dp_cp_group)
         return int(tensor)
 
     def _sum_over_job(self, loss_sum: torch.Tensor, num_tokens: int) -> tuple[float, int]:
