@@ -1,4 +1,4 @@
-# make setup | test | demo | lint | docs | clean. Each does all that it needs and may be run again at once.
+# make setup | test | matrix | demo | lint | docs | clean. Each does all that it needs and may be run again at once.
 
 PYTHON ?= python3
 # The default wheel on Linux is the CUDA build. Another one: make setup TORCH="torch==2.13.0 --index-url <index>"
@@ -12,12 +12,13 @@ STAMP := $(VENV)/.installed
 PINS := $(VENV)/constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint demo docs clean
+.PHONY: help setup test matrix lint demo docs clean
 
 help:
 	@echo 'make setup   create $(VENV) and install the pinned packages'
 	@echo 'make demo    from raw text to a trained model, on any machine, in a few minutes'
 	@echo 'make test    lint, types and all tests'
+	@echo 'make matrix  every legal layout of up to 8 ranks against one process, on CPU'
 	@echo 'make lint    only lint and types'
 	@echo 'make docs    write docs/configuration.md again'
 	@echo 'make clean   remove caches and build/; $(VENV) and runs/ stay'
@@ -38,6 +39,9 @@ $(STAMP): setup.py constraints.txt
 
 test: lint
 	$(BIN)/python -m pytest
+
+matrix: setup
+	$(BIN)/python -m tests.matrix
 
 lint: setup
 	$(BIN)/ruff check .

@@ -194,11 +194,13 @@ def _verify(options: argparse.Namespace) -> int:
     from megallama.config.load import load_config
     from megallama.host.ranks import start_forkserver
     from megallama.verify.layouts import legal_layouts, parse_layouts
-    from megallama.verify.report import header, row, summary, traffic_rows
+    from megallama.verify.report import LayoutResult, header, row, summary, traffic_rows
     from megallama.verify.verify import default_layouts, verify
 
     if options.max_ranks is not None and not options.all:
-        raise UserError(f"--max-ranks ({options.max_ranks}) needs --all: layouts by name have their own ranks")
+        raise UserError(
+            f"--max-ranks ({options.max_ranks}) needs --all: layouts by name have their own ranks"
+        )
     max_ranks = 4 if options.max_ranks is None else options.max_ranks
     if max_ranks < 1:
         raise UserError(f"--max-ranks ({max_ranks}) must be at least 1")
@@ -208,7 +210,7 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         layouts = legal_layouts(config, max_ranks=max_ranks) if options.all else default_layouts(config)
     start_forkserver()
-    results = []
+    results: list[LayoutResult] = []
     for result in verify(config, layouts, steps=options.steps, dtype=options.dtype):
         if not results:
             print(header(name=config.model.name, steps=options.steps, dtype=options.dtype))

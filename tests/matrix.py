@@ -53,7 +53,8 @@ def full_matrix(max_ranks: int = 8) -> list[Layout]:
     """Every legal layout of the axes; the further dimensions take turns, out of step with each other."""
     layouts = legal_layouts(base(), max_ranks=max_ranks)
     turns = [itertools.cycle(_stretched(values, n)) for n, values in enumerate(FURTHER.values())]
-    return [_with(layout, dict(zip(FURTHER, values))) for layout, *values in zip(layouts, *turns)]
+    rows = (dict(zip(FURTHER, values, strict=True)) for values in zip(*turns, strict=True))
+    return [_with(layout, row) for layout, row in zip(layouts, rows, strict=False)]  # the rows never end
 
 
 def _stretched(values: Sequence[Any], times: int) -> list[Any]:
@@ -83,7 +84,9 @@ def _dimensions() -> list[str]:
 def covering_set(layouts: Sequence[Layout]) -> list[Layout]:
     """Few layouts that have every pair of values which any of `layouts` has; greedily, small ones first."""
     ranks = {layout.name: _ranks(layout) for layout in layouts}
-    covers = {layout.name: pairs_of(layout) for layout in sorted(layouts, key=lambda layout: ranks[layout.name])}
+    covers = {
+        layout.name: pairs_of(layout) for layout in sorted(layouts, key=lambda layout: ranks[layout.name])
+    }
     by_name = {layout.name: layout for layout in layouts}
     wanted = set().union(*covers.values())
     chosen = []
@@ -101,7 +104,9 @@ def _ranks(layout: Layout) -> int:
 def covering() -> list[Layout]:
     """The covering set of the matrix up to 4 ranks, all combinations of the further dimensions allowed."""
     layouts = legal_layouts(base(), max_ranks=4)
-    combinations = [dict(zip(FURTHER, values, strict=True)) for values in itertools.product(*FURTHER.values())]
+    combinations = [
+        dict(zip(FURTHER, values, strict=True)) for values in itertools.product(*FURTHER.values())
+    ]
     return covering_set([_with(layout, further) for layout in layouts for further in combinations])
 
 

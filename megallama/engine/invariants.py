@@ -64,7 +64,9 @@ class Invariants:
         local = {key: getattr(p, "ds_tensor", p).detach() for key, p in parameters.items()}
         if self._zero.stage_number < 3 and topology.dp_cp_group.size() > 1:
             yield "replicas (dp, cp) differ", topology.dp_cp_group, local
-        replicated = {k: t for k, t in local.items() if not parameters[k].tensor_model_parallel}
+        replicated = {
+            k: t for k, t in local.items() if not getattr(parameters[k], "tensor_model_parallel", False)
+        }
         if topology.tp_group.size() > 1 and replicated:
             yield "copies over tp differ", topology.tp_group, replicated
         tied = self._tied()
@@ -94,9 +96,7 @@ class Invariants:
                 yield "ZeRO's gradient buffer is not zero before the first backward"
 
 
-def _disagreements(
-    rule: str, group: dist.ProcessGroup, tensors: Mapping[str, torch.Tensor]
-) -> list[str]:
+def _disagreements(rule: str, group: dist.ProcessGroup, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """One text for each tensor that is not the same on all ranks of the group; a collective call."""
     sums = torch.stack([checksum(tensor) for tensor in tensors.values()])
     # max(x) and max(~x) = ~min(x): equal on all ranks where both come back unchanged.

@@ -15,8 +15,10 @@ Tolerances = Mapping[str, float]
 
 def is_equal(comparison: Comparison, tolerances: Tolerances) -> bool:
     """Whether every error is within its tolerance and nothing is missing."""
-    return not comparison.missing and not comparison.broken and all(
-        error <= tolerances[quantity] for quantity, error in comparison.errors.items()
+    return (
+        not comparison.missing
+        and not comparison.broken
+        and all(error <= tolerances[quantity] for quantity, error in comparison.errors.items())
     )
 
 
@@ -65,7 +67,7 @@ def _loss(c: Comparison, config: RunConfig, dp: int, t: Tolerances) -> Iterator[
         yield f"the loss of the first step is off by {factor}: how it is summed over ranks and micro-batches"
     else:
         yield (
-            f"the loss of the first step is {c.first_ratios[0]:.6g} times one process's: the forward differs"
+            f"the loss of the first step is {c.first_ratios[0]:.10g} times one process's: the forward differs"
             " (weights, positions, masks, a slice, or which tokens count)"
         )
 

@@ -104,14 +104,18 @@ def run_rank(
         parameters = dict(_canonical(engine, "fp32"))
         held = {GRADIENT: gradients, PARAMETER: parameters}
         if save is not None:
-            torch.save({f"{kind}/{k}": _whole(t) for kind, part in held.items() for k, t in part.items()}, save)
+            torch.save(
+                {f"{kind}/{k}": _whole(t) for kind, part in held.items() for k, t in part.items()}, save
+            )
         differences: list[Difference] = []
         if reference is not None:
             wanted = torch.load(reference, weights_only=True, mmap=True)
             for kind, part in held.items():
                 for key, tensor in part.items():
                     differences.append(_compare(kind, key, topology.rank, tensor, wanted[f"{kind}/{key}"]))
-        return RankReport(topology.grid.coordinates(topology.rank), steps, differences, traffic, tuple(parameters), broken)
+        return RankReport(
+            topology.grid.coordinates(topology.rank), steps, differences, traffic, tuple(parameters), broken
+        )
 
 
 def _broken_invariants(engine: Engine, step: int) -> str:

@@ -35,7 +35,9 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     # Whole zigzag chunks for every cp, of whole sequence-parallel parts.
     seq_len = math.lcm(*(2 * cp * tp for cp, tp in zip(cps, tps, strict=True)))
     seq_len *= -(-32 // seq_len)
-    micro = math.lcm(*(layout.dp * cut.train.micro_batch_size for layout, cut in zip(layouts, cuts, strict=True)))
+    micro = math.lcm(
+        *(layout.dp * cut.train.micro_batch_size for layout, cut in zip(layouts, cuts, strict=True))
+    )
     # Twice as many micro-batches as stages: a pipeline is filled, runs steadily, and drains.
     batch = max(
         2 * cut.parallel.pp * layout.dp * cut.train.micro_batch_size
@@ -48,7 +50,8 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
         "model.head_dim": HEAD_DIM,
         "model.num_heads": heads,
         "model.num_kv_heads": None if model.num_kv_heads is None else kv_heads,
-        "model.ffn_hidden_size": width * max(1, round(HIDDEN_SIZE * model.ffn_hidden_size / model.hidden_size / width)),
+        "model.ffn_hidden_size": width
+        * max(1, round(HIDDEN_SIZE * model.ffn_hidden_size / model.hidden_size / width)),
         "model.vocab_multiple": vocab_multiple,
         "model.vocab_size": 4 * vocab_multiple - (5 if is_padded else 0),
         "model.max_seq_len": seq_len,
@@ -80,7 +83,9 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
 def _kv_heads(kv_heads: int, tps: Sequence[int]) -> int:
     """The fewest key/value heads that divide over each tp (or are shared by its ranks) as the many do."""
     for fewer in (d for d in range(1, kv_heads + 1) if kv_heads % d == 0):
-        if all((fewer % tp == 0) == (kv_heads % tp == 0) and (fewer % tp == 0 or tp % fewer == 0) for tp in tps):
+        if all(
+            (fewer % tp == 0) == (kv_heads % tp == 0) and (fewer % tp == 0 or tp % fewer == 0) for tp in tps
+        ):
             return fewer
     return kv_heads
 

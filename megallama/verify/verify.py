@@ -37,6 +37,9 @@ ONE_PROCESS = Layout("one process", 1, ())
 
 RANKS_TIMEOUT_S = 300.0
 
+MOST_SHOWN = 3
+"""Broken invariants that are shown."""
+
 
 def verify(
     config: RunConfig,
@@ -157,7 +160,11 @@ class Bench:
 
     def _cause(self, found: Comparison, config: RunConfig, layout: Layout) -> str:
         cause = likely_cause(found, config, dp=layout.dp, tolerances=self._tolerances)
-        return f"{cause}\n    {found.broken}".rstrip().replace("\n  -", "\n      -") if found.broken else cause
+        if not found.broken:
+            return cause
+        first, *rest = found.broken.splitlines()
+        more = [f"  - and {len(rest) - MOST_SHOWN} more"] if len(rest) > MOST_SHOWN else []
+        return "\n    ".join([cause, first, *rest[:MOST_SHOWN], *more])
 
     def _run_reference(self, dtype: str) -> RankReport:
         """One process with plain kernels, the whole batch in one forward, nothing sharded or recomputed."""
