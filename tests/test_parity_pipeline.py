@@ -34,6 +34,12 @@ LAYOUTS = {
         4,
         [PP2, VP2, "model.num_layers=8", "zero.stage=2", "train.recompute=full", "train.recompute_layers=1"],
     ),
+    **{f"dp2 zero{z} offload": (2, [f"zero.stage={z}", "zero.offload=true"]) for z in (1, 2)},
+    "tp2 dp2 pp2 vp2 tied zero1 offload": (
+        8,
+        [PP2, VP2, TIED, "parallel.tp=2", "zero.stage=1", "zero.offload=true"],
+    ),
+    "dp2 pp2 tied zero2 offload": (4, [PP2, TIED, "zero.stage=2", "zero.offload=true"]),
     "pp2 zero3": (2, [PP2, "zero.stage=3"]),
     "dp2 pp2 zero3": (4, [PP2, "zero.stage=3"]),
     "dp2 pp2 vp2 tied zero3": (4, [PP2, VP2, TIED, "zero.stage=3"]),
@@ -70,9 +76,9 @@ def test_pipeline_equals_one_process(name, oracle, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_low_precision_interleaved_and_tied_stays_close_to_fp32(dtype, zero, oracle, tmp_path):
-    extra = [PP2, VP2, TIED, f"zero.stage={zero}"]
+@pytest.mark.parametrize(("zero", "offload"), [(1, False), (2, False), (3, False), (1, True), (2, True)])
+def test_low_precision_interleaved_and_tied_stays_close_to_fp32(dtype, zero, offload, oracle, tmp_path):
+    extra = [PP2, VP2, TIED, f"zero.stage={zero}", f"zero.offload={offload}"]
     got = run_job(tmp_path, 2, f"precision.dtype={dtype}", *extra)
     loss, grad_norm = worst_relative(got, oracle(extra))
     limit = {"bf16": (2e-3, 3e-2), "fp16": (3e-4, 5e-3)}[dtype]

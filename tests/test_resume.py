@@ -21,6 +21,7 @@ LAYOUTS = {
     "dp2 zero1 bf16": (2, ["zero.stage=1", "precision.dtype=bf16"]),
     "dp2 zero3": (2, ["zero.stage=3"]),
     "pp2 zero2 bf16": (2, ["parallel.pp=2", "zero.stage=2", "precision.dtype=bf16"]),
+    "dp2 zero2 offload bf16": (2, ["zero.stage=2", "zero.offload=true", "precision.dtype=bf16"]),
     "pp2 vp2 tied zero1": (2, ["parallel.pp=2", "parallel.vp=2", "model.tie_embeddings=true"]),
     "pp2 vp2 tied zero3 bf16": (
         2,

@@ -24,6 +24,7 @@ VALUE_RULES: tuple[Rule, ...] = (
     check_values.check_seq_len,
     check_layout.check_combinations,
     check_layout.check_recompute,
+    check_layout.check_offload,
 )
 
 DIVIDING_RULES: tuple[Rule, ...] = (

@@ -121,6 +121,16 @@ def check_recompute(config: RunConfig) -> Iterator[str]:
         )
 
 
+def check_offload(config: RunConfig) -> Iterator[str]:
+    """Offload goes with stages 1 and 2."""
+    zero = config.zero
+    if zero.offload and zero.stage not in (1, 2):
+        yield (
+            f"zero.offload (true) needs zero.stage ({zero.stage}) 1 or 2: stage 0 shards nothing, so every rank of a"
+            " host would hold all of the state; stage 3 is not proved with it"
+        )
+
+
 def check_sequence_parallel(config: RunConfig) -> Iterator[str]:
     """Sequence parallelism cuts sequences over the tensor-parallel ranks."""
     tp, seq_len = config.parallel.tp, config.train.seq_len

@@ -158,7 +158,9 @@ class ZeroConfig:
     """Sharding of optimizer state, gradients and parameters over the data-parallel ranks (DeepSpeed ZeRO)."""
 
     stage: int = 1
-    """0: nothing is sharded. 1: optimizer state. 2: and gradients. 3: and parameters (pp = 1 only)."""
+    """0: nothing is sharded. 1: optimizer state. 2: and gradients. 3: and parameters."""
+    offload: bool = False
+    """Keep optimizer state in CPU memory and update there, which frees device memory. Stages 1 and 2."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Engine:
         check_fragments(self._zero, stage.module)
         self._invariants = Invariants(stage, self._zero, topology=topology)
 
-    def train_step(self, step: int, batches: Sequence[MicroBatch | None]) -> StepResult:
+    def train_step(self, step: int, batches: Sequence[MicroBatch]) -> StepResult:
         """Optimizer step number `step` (from 0) over this rank's micro-batches."""
         topology, config = self._topology, self._config
         if config.train.check_invariants:
@@ -88,7 +88,7 @@ class Engine:
         self._invariants.check(step)
 
     @torch.no_grad()
-    def eval_step(self, batches: Sequence[MicroBatch | None]) -> EvalResult:
+    def eval_step(self, batches: Sequence[MicroBatch]) -> EvalResult:
         """Losses of one global batch without changing anything."""
         self._zero.train(False)
         loss_sum = run_schedule(
@@ -125,9 +125,9 @@ class Engine:
             self._tie.publish_weight()
         check_fragments(self._zero, self._stage.module)
 
-    def _count_tokens(self, batches: Sequence[MicroBatch | None]) -> int:
+    def _count_tokens(self, batches: Sequence[MicroBatch]) -> int:
         """Unmasked tokens of the global batch; 0 on stages that read none."""
-        count = sum(int(batch.loss_mask_BS.sum()) for batch in batches if batch is not None)
+        count = sum(int(batch.loss_mask_BS.sum()) for batch in batches)
         tensor = torch.tensor(count, dtype=torch.int64, device=self._topology.device)
         # Ranks of a cp group hold parts of the same sequences.
         dist.all_reduce(tensor, group=self._topology.dp_cp_group)

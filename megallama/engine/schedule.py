@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megallama.engine.step import MicroBatch
 from megallama.grid import micro_batch_group_size
 from megallama.model.build import Stage
+from megallama.model.packing import Packing
 from megallama.topology.groups import Topology
 
 Forward = Callable[..., torch.Tensor]
@@ -44,7 +45,7 @@ class ScheduledChunk(torch.nn.Module):
 
 def run_schedule(
     chunks: Sequence[ScheduledChunk],
-    batches: Sequence[MicroBatch | None],
+    batches: Sequence[MicroBatch],
     *,
     topology: Topology,
     micro_batch_size: int,
@@ -56,7 +57,7 @@ def run_schedule(
 
     Args:
         chunks: This rank's chunks; several run the interleaved schedule.
-        batches: Micro-batches of this data-parallel rank; None on stages that read no tokens.
+        batches: Micro-batches of this data-parallel rank.
         topology: Place of this rank.
         micro_batch_size: Sequences of a micro-batch.
         seq_len: Tokens of a sequence.
@@ -67,13 +68,18 @@ def run_schedule(
         fp64 scalar: sum of the unmasked token losses of this rank's micro-batches; 0 before the last stage.
     """
 
-    def forward_step(data: Iterator[MicroBatch | None], model: ScheduledChunk) -> tuple[torch.Tensor, Any]:
+    def forward_step(data: Iterator[MicroBatch], model: ScheduledChunk) -> tuple[torch.Tensor, Any]:
         batch = next(data)
-        if batch is None:
-            return model(None, None, None), None
+        packing = Packing(
+            document_starts=batch.document_starts,
+            positions_BS=batch.positions_BS.to(topology.device, non_blocking=True),
+        )
+        if not batch.tokens_BS.numel():
+            return model(None, None, None, packed_seq_params=packing), None
         tokens_BS = batch.tokens_BS.to(topology.device, non_blocking=True)
         labels_BS = batch.labels_BS.to(topology.device, non_blocking=True)
-        output = model(tokens_BS, None, None, labels=labels_BS if model.is_last else None)
+        labels = dict(labels=labels_BS) if model.is_last else {}
+        output = model(tokens_BS, None, None, packed_seq_params=packing, **labels)
 
         def token_loss(loss_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             mask_BS = batch.loss_mask_BS.to(loss_BS.device, non_blocking=True)

@@ -119,8 +119,7 @@ class ZeroEngine:
         optimizer = self.optimizer
         if self.stage_number == 3:
             yield optimizer.grad_partitions_flat_buffer
-        for flat in getattr(optimizer, "fp32_groups_gradients_flat", []):
-            yield flat
+        yield from getattr(optimizer, "fp32_groups_gradients_flat", [])
         for group in getattr(optimizer, "averaged_gradients", {}).values():
             yield from (tensor for tensor in group or [] if tensor is not None)
 
@@ -264,6 +263,13 @@ def deepspeed_config(config: RunConfig, *, shard_size: int) -> dict[str, Any]:
     if config.precision.dtype != Dtype.fp64:
         # Absent, both mean the format of the parameters, which is fp64 then (see host/double.py).
         settings |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    if config.zero.offload:
+        settings["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": torch.cuda.is_available(),
+        }
+        # torch's fused AdamW has a CPU kernel; DeepSpeed's own would be compiled at the first start.
+        settings["zero_force_ds_cpu_optimizer"] = False
     if stage == 3:
         # Norms are too small to be worth a gather each; everything else is sharded, in small models too.
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = config.model.hidden_size

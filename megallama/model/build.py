@@ -20,7 +20,7 @@ from megallama.model.chunks import Chunks, take_output_weight
 from megallama.model.initialize import initialize_parameter
 from megallama.model.layout import Piece, canonical_layout
 from megallama.model.modules import CoreAttention, RmsNorm, SwigluMlp, with_kernel
-from megallama.model.rope import inverse_frequencies
+from megallama.model.rope import RotaryAngles, inverse_frequencies
 from megallama.topology.groups import Topology
 
 log = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
     """
     model = config.model
     transformer = transformer_config(config)
-    attention_name, attention = choose_attention(config.kernels.attention.value)
+    attention = choose_attention(config.kernels.attention.value, cp_kind=config.parallel.cp_kind.value)
     norm_name, norm = choose_norm(config.kernels.norm.value)
-    log.info("kernels: attention=%s norm=%s", attention_name, norm_name)
+    log.info("kernels: attention=%s norm=%s", attention.backend, norm_name)
     vp = config.parallel.vp
     # megatron-core's own way needs its gradient buffers, which ZeRO has not: model/chunks.py ties them.
     is_tied_over_stages = model.tie_embeddings and config.parallel.pp > 1
@@ -87,7 +87,7 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
         for index in range(vp)
     ]
     for chunk in chunks:
-        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(model, head_dim=head_dim(model))
+        chunk.rotary_pos_emb = RotaryAngles(inverse_frequencies(model, head_dim=head_dim(model)))
     tied_weight, tied_copy = None, None
     layout: dict[str, tuple[Piece, ...]] = {}
     for index, chunk in enumerate(chunks):

@@ -68,7 +68,20 @@ RULES: list[tuple[list[str], str]] = [
     ),
     (["train.seq_len=513"], "train.seq_len (513) must not exceed model.max_seq_len (512)"),
     # combinations
-    (["parallel.cp=2"], "parallel.cp (2) must be 1: context parallelism is not supported yet"),
+    (
+        ["parallel.cp=3"],
+        "train.seq_len (32) must be a multiple of 2 x parallel.cp (2 x 3 = 6): use 30 or 36",
+    ),
+    (
+        ["parallel.cp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "train.seq_len=36"],
+        "train.seq_len (36) must be a multiple of 2 x parallel.cp x parallel.tp, with"
+        " parallel.sequence_parallel=true (2 x 2 x 2 = 8): use 32 or 40",
+    ),
+    (
+        ["parallel.cp=4", "parallel.tp=2", "parallel.cp_kind=ulysses"],
+        "parallel.cp_kind (ulysses) needs the heads of a tensor rank (model.num_heads / parallel.tp = 4 / 2 = 2)"
+        " to be a multiple of parallel.cp (4): use parallel.cp_kind=all_gather or ring, or a smaller cp",
+    ),
     (["parallel.vp=2"], "parallel.vp (2) needs parallel.pp (1) above 1"),
     (
         ["parallel.vp=4", "parallel.pp=2"],
@@ -86,6 +99,8 @@ RULES: list[tuple[list[str], str]] = [
     (["parallel.pp=2", "parallel.layers_per_stage=[4,0]"], "parallel.layers_per_stage ([4, 0]) must be"),
     (["parallel.layers_per_stage=[2,2]"], "parallel.layers_per_stage ([2, 2]) must be"),
     (["zero.stage=4"], "zero.stage (4) must be 0, 1, 2 or 3"),
+    (["zero.stage=3", "zero.offload=true"], "zero.offload (true) needs zero.stage (3) 1 or 2"),
+    (["zero.stage=0", "zero.offload=true"], "zero.offload (true) needs zero.stage (0) 1 or 2"),
     (["zero.stage=-1"], "zero.stage (-1) must be 0, 1, 2 or 3"),
     (["train.recompute_layers=1"], "train.recompute_layers (1) needs train.recompute=full (it is none)"),
     (["train.recompute=full", "train.recompute_layers=0"], "train.recompute_layers (0) must be"),
