@@ -25,7 +25,6 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     """The one small run that all `layouts` can cut; the layouts themselves are applied to it afterwards."""
     cuts = [layout.apply(config) for layout in layouts]
     tps, cps = [cut.parallel.tp for cut in cuts], [cut.parallel.cp for cut in cuts]
-    pps = [cut.parallel.pp for cut in cuts]
     width = math.lcm(*tps)
     model = config.model
     kv_heads = _kv_heads(model.num_kv_heads or model.num_heads, tps)
@@ -45,7 +44,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     )
     sizes = {
         "model.name": f"{model.name} (shrunk)",
-        "model.num_layers": _num_layers(config, cuts, math.lcm(*pps)),
+        "model.num_layers": _num_layers(config, cuts),
         "model.hidden_size": HIDDEN_SIZE,
         "model.head_dim": HEAD_DIM,
         "model.num_heads": heads,
@@ -90,7 +89,7 @@ def _kv_heads(kv_heads: int, tps: Sequence[int]) -> int:
     return kv_heads
 
 
-def _num_layers(config: RunConfig, cuts: Sequence[RunConfig], stages: int) -> int:
+def _num_layers(config: RunConfig, cuts: Sequence[RunConfig]) -> int:
     given = [sum(cut.parallel.layers_per_stage) for cut in cuts if cut.parallel.layers_per_stage]
     if given:
         return max(given)

@@ -85,15 +85,15 @@ def check_layouts(config: RunConfig, layouts: Sequence[Layout]) -> None:
 
 
 def _alike(config: RunConfig, layouts: Sequence[Layout]) -> list[list[Layout]]:
-    """Layouts that one small model can serve: of the same model settings and the same odd factors of sizes."""
+    """Layouts that one small model can serve without being large for some: as many chunks, as large a batch."""
     groups: dict[Any, list[Layout]] = {}
     for layout in layouts:
         cut = layout.apply(config)
-        sizes = (cut.parallel.tp, cut.parallel.cp, cut.parallel.pp, layout.dp)
-        odd = tuple(size // (size & -size) for size in sizes)
-        # Legal or not, each layout has a batch of its own if it names one.
-        key = (odd, cut.model, str(cut.data), str(cut.parallel.layers_per_stage), _model_settings(layout))
-        groups.setdefault(str(key), []).append(layout)
+        parallel = cut.parallel
+        batch = 2 * parallel.pp * layout.dp * cut.train.micro_batch_size
+        odd = tuple(size // (size & -size) for size in (parallel.tp, parallel.cp))
+        chunks = (parallel.pp * parallel.vp, tuple(parallel.layers_per_stage))
+        groups.setdefault((chunks, batch, odd, str(_model_settings(layout))), []).append(layout)
     return list(groups.values())
 
 

@@ -98,6 +98,11 @@ def test_shrinking_keeps_the_structure(exp):
         assert problems_of(cut, world_size=layout.world_size(cut)) == [], layout.name
 
 
+def test_shrinking_keeps_the_padding_of_the_vocabulary():
+    model = shrink(base(), parse_layouts("tp=2"), steps=2).model
+    assert base().model.vocab_size % base().model.vocab_multiple and model.vocab_size % model.vocab_multiple
+
+
 def test_shrinking_keeps_whether_layers_divide_over_stages():
     config = change(base(), {"model.num_layers": 15})
     (layout,) = parse_layouts("pp=2")
