@@ -1,6 +1,7 @@
 """Batches of a run: the samples of a step, cut over data-parallel ranks and micro-batches.
 
-Shape suffixes: B sequences of one micro-batch, S tokens of one sequence.
+A context-parallel rank takes its part of every sequence, as `kernels.context_layout` says.
+Shape suffixes: B sequences of one micro-batch, S tokens of one sequence, of which this rank holds L.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from megallama.data.prepared import check_token_file
 from megallama.data.stream import SampleStream, WeightedTokenFile
 from megallama.data.token_file import TokenFile
 from megallama.host.errors import ConfigError, UserError
+from megallama.kernels.context_layout import take_shard
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one forward pass."""
+    """Sequences of one forward pass, or this context-parallel rank's part of them (L for S).
+
+    A stage in the middle of a pipeline reads no tokens: the first three are empty there, [B, 0].
+    """
 
     tokens_BS: torch.Tensor
     """int64: what the model reads."""
@@ -30,6 +35,10 @@ class MicroBatch:
     """int64: the token after each of them."""
     loss_mask_BS: torch.Tensor
     """float32: 1 where the label counts in the loss."""
+    positions_BS: torch.Tensor
+    """int64: position of each token in its sequence, [1, S], or in its document, [B, S]."""
+    document_starts: tuple[tuple[int, ...], ...]
+    """For each sequence, where documents start among all S positions, whatever part this rank holds; 0 first."""
 
 
 class DataLoader:
@@ -47,6 +56,10 @@ class DataLoader:
         num_micro_batches: int,
         validation_batches: int,
         last_step: int,
+        cp_rank: int = 0,
+        cp_size: int = 1,
+        is_reading_tokens: bool = True,
+        is_resetting_positions: bool = False,
     ) -> None:
         assert global_batch_size % (dp_size * num_micro_batches) == 0, (
             global_batch_size,
@@ -63,6 +76,9 @@ class DataLoader:
         self._num_micro_batches = num_micro_batches
         self._validation_batches = validation_batches
         self._last_step = last_step
+        self._shard = {"cp_rank": cp_rank, "cp_size": cp_size}
+        self._is_reading_tokens = is_reading_tokens
+        self._is_resetting_positions = is_resetting_positions
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
@@ -122,13 +138,25 @@ class DataLoader:
         return [self._micro_batch(stream, range(start, start + size)) for start in starts]
 
     def _micro_batch(self, stream: SampleStream, samples: Sequence[int]) -> MicroBatch:
-        rows = np.stack([self._checked(stream, sample) for sample in samples])
-        labels_BS = torch.from_numpy(rows[:, 1:].copy())
+        starts = tuple(stream.document_starts(sample) for sample in samples)
+        if self._is_reading_tokens:
+            rows_BS = torch.from_numpy(np.stack([self._checked(stream, sample) for sample in samples]))
+            tokens_BL, labels_BL = self._part(rows_BS[:, :-1]), self._part(rows_BS[:, 1:])
+        else:
+            tokens_BL = labels_BL = torch.empty(len(samples), 0, dtype=torch.int64)
+        # Rotary positions matter by their differences only, so rows that differ need not cost memory.
+        own_starts = starts if self._is_resetting_positions else ((0,),)
         return MicroBatch(
-            tokens_BS=torch.from_numpy(rows[:, :-1].copy()),
-            labels_BS=labels_BS,
-            loss_mask_BS=torch.ones(labels_BS.shape, dtype=torch.float32),
+            tokens_BS=tokens_BL,
+            labels_BS=labels_BL,
+            loss_mask_BS=torch.ones(labels_BL.shape, dtype=torch.float32),
+            positions_BS=self._part(positions(own_starts, seq_len=stream.seq_len)),
+            document_starts=starts,
         )
+
+    def _part(self, x_BS: torch.Tensor) -> torch.Tensor:
+        """What this context-parallel rank holds of a tensor over whole sequences."""
+        return take_shard(x_BS, dim=1, **self._shard).contiguous()
 
     def _checked(self, stream: SampleStream, sample: int) -> npt.NDArray[np.int64]:
         tokens = stream.sample(sample)
@@ -148,8 +176,33 @@ class DataLoader:
         raise AssertionError(sample)
 
 
-def open_loader(config: RunConfig, *, dp_rank: int, dp_size: int, num_micro_batches: int) -> DataLoader:
+def positions(document_starts: Sequence[Sequence[int]], *, seq_len: int) -> torch.Tensor:
+    """Positions [B, S], int64, counted from the last start of each row."""
+    position_S = torch.arange(seq_len)
+    first_BS = torch.zeros(len(document_starts), seq_len, dtype=torch.int64)
+    for row, starts in enumerate(document_starts):
+        first_BS[row, list(starts)] = torch.tensor(starts)
+    return position_S - first_BS.cummax(dim=1).values
+
+
+def open_loader(
+    config: RunConfig,
+    *,
+    dp_rank: int,
+    dp_size: int,
+    num_micro_batches: int,
+    cp_rank: int = 0,
+    is_reading_tokens: bool = True,
+) -> DataLoader:
     """Opens the data of a run for one data-parallel rank.
+
+    Args:
+        config: The run.
+        dp_rank: Rank among the data-parallel ranks.
+        dp_size: Number of these.
+        num_micro_batches: Micro-batches of one step.
+        cp_rank: Rank among the `parallel.cp` that share a sequence.
+        is_reading_tokens: False on stages that need only where documents start.
 
     Raises:
         ConfigError: missing or damaged files, all at once, or a vocabulary larger than the model's.
@@ -176,6 +229,10 @@ def open_loader(config: RunConfig, *, dp_rank: int, dp_size: int, num_micro_batc
         num_micro_batches=num_micro_batches,
         validation_batches=config.eval.batches,
         last_step=config.train.steps,
+        cp_rank=cp_rank,
+        cp_size=config.parallel.cp,
+        is_reading_tokens=is_reading_tokens,
+        is_resetting_positions=config.data.reset_positions,
     )
 
 

@@ -11,6 +11,7 @@ Permutations are the stable order of raw PCG64 words, whose stream numpy guarant
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,6 +121,11 @@ class SampleStream:
         """Tokens of sample `index` >= 0, shape [seq_len + 1]."""
         pieces = self.locate(index)
         return np.concatenate([p.file.read(p.document, start=p.start, count=p.count) for p in pieces])
+
+    def document_starts(self, index: int) -> tuple[int, ...]:
+        """Where documents begin among the seq_len inputs of sample `index`; 0 first, whatever lies there."""
+        ends = itertools.accumulate(piece.count for piece in self.locate(index))
+        return (0, *(end for end in ends if end < self.seq_len))
 
     def locate(self, index: int) -> list[Piece]:
         """Where the tokens of sample `index` come from, in order."""

@@ -9,7 +9,10 @@ import torch
 
 
 class MicroBatch(Protocol):
-    """Tokens of one forward pass; B micro-batch, S sequence."""
+    """Tokens of one forward pass; B micro-batch, S sequence, or this context-parallel rank's part of it.
+
+    Stages that read no tokens have empty ones, [B, 0].
+    """
 
     @property
     def tokens_BS(self) -> torch.Tensor:
@@ -22,6 +25,14 @@ class MicroBatch(Protocol):
     @property
     def loss_mask_BS(self) -> torch.Tensor:
         """1 where the loss counts, fp32."""
+
+    @property
+    def positions_BS(self) -> torch.Tensor:
+        """Position of each token for the rotary embedding, int64 [B, S], or [1, S] for all rows."""
+
+    @property
+    def document_starts(self) -> tuple[tuple[int, ...], ...]:
+        """Where documents start in each whole sequence."""
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megallama.kernels.attention import AttentionFunction
+from megallama.kernels.attention import Attention
 from megallama.kernels.norm import NormFunction
 from megallama.kernels.swiglu import swiglu
+from megallama.model.packing import Packing
 
 
 class RmsNorm(torch.nn.Module):
@@ -44,13 +46,21 @@ class RmsNorm(torch.nn.Module):
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal core attention with megatron-core's signature on one of `kernels.attention`'s backends."""
+    """Causal core attention inside documents, with megatron-core's signature, on `kernels.attention`."""
 
-    kernel: AttentionFunction
+    kernel: Attention
 
-    def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, **__: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *_: Any,
+        pg_collection: ProcessGroupCollection,
+        **__: Any,
+    ) -> None:
         super().__init__()
         assert config.kv_channels is not None
+        self.cp_group = pg_collection.cp
         self.scale = 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -59,13 +69,19 @@ class CoreAttention(torch.nn.Module):
         key_SBKD: torch.Tensor,
         value_SBKD: torch.Tensor,
         attention_mask: None,
+        *,
+        packed_seq_params: Packing | None = None,
         **_: Any,
     ) -> torch.Tensor:
         """Attention output, [S, B, N x D]."""
         assert attention_mask is None, "the causal mask is implied"
-        q_BNSD, k_BKSD, v_BKSD = (t.permute(1, 2, 0, 3) for t in (query_SBND, key_SBKD, value_SBKD))
-        out_BNSD = self.kernel(q_BNSD, k_BKSD, v_BKSD, self.scale)
-        return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+        out_SBND = self.kernel(
+            *(query_SBND, key_SBKD, value_SBKD),
+            scale=self.scale,
+            documents=packed_seq_params.document_starts if packed_seq_params is not None else None,
+            group=self.cp_group,
+        )
+        return out_SBND.flatten(2)
 
 
 class SwigluMlp(MLP):
@@ -84,8 +100,6 @@ class SwigluMlp(MLP):
         return out, None
 
 
-def with_kernel(
-    module: type[torch.nn.Module], kernel: AttentionFunction | NormFunction
-) -> type[torch.nn.Module]:
+def with_kernel(module: type[torch.nn.Module], kernel: Attention | NormFunction) -> type[torch.nn.Module]:
     """A subclass of `module` bound to `kernel`: megatron-core's specs take classes, not instances."""
     return type(module.__name__, (module,), {"kernel": staticmethod(kernel)})

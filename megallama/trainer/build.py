@@ -20,7 +20,6 @@ from megallama.checkpoint.store import load_checkpoint, save_checkpoint
 from megallama.checkpoint.verify import latest_checkpoint
 from megallama.config.load import to_yaml
 from megallama.config.schema import ModelConfig, RunConfig
-from megallama.data.build import TokenlessLoader
 from megallama.data.loader import DataLoader
 from megallama.engine.build import Engine
 from megallama.host.errors import UserError
@@ -71,7 +70,7 @@ def build_trainer(
     topology: Topology,
     *,
     engine: Engine,
-    loader: DataLoader | TokenlessLoader,
+    loader: DataLoader,
     folder: RunFolder,
     environment: LaunchEnvironment,
 ) -> Trainer:
@@ -190,7 +189,7 @@ class SignalHook(StopHook):
 class LoaderHook(Hook):
     """Ends the loader's background reading with the run."""
 
-    def __init__(self, loader: DataLoader | TokenlessLoader) -> None:
+    def __init__(self, loader: DataLoader) -> None:
         self._loader = loader
 
     def finish(self, state: TrainState) -> None:

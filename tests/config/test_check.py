@@ -70,7 +70,7 @@ RULES: list[tuple[list[str], str]] = [
     # combinations
     (
         ["parallel.cp=3"],
-        "train.seq_len (32) must be a multiple of 2 x parallel.cp (2 x 3 = 6): use 30 or 36",
+        "train.seq_len (64) must be a multiple of 2 x parallel.cp (2 x 3 = 6): use 60 or 66",
     ),
     (
         ["parallel.cp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "train.seq_len=36"],

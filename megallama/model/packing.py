@@ -1,0 +1,26 @@
+"""Where documents lie in the sequences of a micro-batch, on its way from the loader to attention and rope.
+
+megatron-core hands `packed_seq_params` to every layer and keeps it for recomputation, which happens when other
+micro-batches have passed since. Its format stays "sbhd": with "thd" it would drop the batch dimension and expect
+Transformer Engine's cut over context-parallel ranks, document by document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megallama.kernels.segments import DocumentStarts
+
+
+@dataclass
+class Packing(PackedSeqParams):
+    """Documents and positions of one micro-batch: B sequences, L positions of this context-parallel rank."""
+
+    qkv_format: str = "sbhd"
+    document_starts: DocumentStarts | None = None
+    """Where documents start in each whole sequence; None: each is one document."""
+    positions_BS: torch.Tensor | None = None
+    """int64 [B, L], or [1, L] for all rows; None: the sequences from 0 on."""
