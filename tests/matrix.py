@@ -24,6 +24,7 @@ FURTHER = {
     "train.recompute": ["none", "full", "selective"],
     "train.micro_batch_size": [1, 2],
     "model.tie_embeddings": [False, True],
+    "data.reset_positions": [False, True],
 }
 """Dimensions beside the axes of `parallel` and the ZeRO stage."""
 

@@ -13,7 +13,8 @@ from tests.mutations import MUTATIONS
 # dimensions, this list is the part of it that one mutation after another can be run against.
 LAYOUTS = parse_layouts(
     "tp=2,sp=true;tp=2;pp=2,zero=2,recompute=full;dp=2,zero=0;dp=2,zero=3;"
-    "pp=2,ties=true,zero=1;pp=2,vp=2,zero=1;tp=2,pp=2,zero=1;tp=2,sp=true,dp=2,zero=2,mbs=2"
+    "pp=2,ties=true,zero=1;pp=2,vp=2,zero=1;tp=2,pp=2,zero=1;tp=2,sp=true,dp=2,zero=2,mbs=2;"
+    "cp=2;cp=2,data.reset_positions=true,pp=2"
 )
 
 MISSABLE = 1
@@ -32,9 +33,10 @@ class Benches:
     def __init__(self, folder):
         self._benches = {}
         check_layouts(base(), LAYOUTS)
-        for ties in (False, True):
-            group = [layout for layout in LAYOUTS if ("ties" in layout.name) == ties]
-            place = folder / f"ties-{ties}"
+        for word in ("", "ties", "positions"):
+            words = [w for w in ("ties", "positions") if w != word]
+            group = [x for x in LAYOUTS if word in x.name and not any(w in x.name for w in words)]
+            place = folder / f"bench-{word}"
             place.mkdir()
             bench = Bench(base(), group, steps=3, dtype="fp64", folder=place)
             self._benches |= {layout.name: bench for layout in group}
