@@ -112,3 +112,22 @@ class CallCounter:
         batch, heads, queries, width = q.shape
         pairs = queries * (queries + 1) // 2 if is_causal else queries * k.size(2)
         self.multiply_adds += products * batch * heads * pairs * width
+
+
+def peak_bytes_of(kinds: tuple[str, ...], seq_len: int) -> dict[str, int]:
+    """Peak bytes of forward and backward on this rank; documents of 100 tokens and a long one."""
+    from benchmarks.attention_memory import peak_bytes
+
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD
+    assert group is not None
+    documents = ((0, *range(seq_len // 2, seq_len, 100)),)
+    peaks = {}
+    for kind in kinds:
+        tensors = [
+            take_shard(t, dim=0, cp_size=group.size(), cp_rank=group.rank())
+            for t in draw(4, 2, seq_len=seq_len, batch=1)
+        ]
+        options = {"documents": documents, "group": group}
+        peaks[kind] = peak_bytes(lambda: results(Attention("sdpa", kind), tensors, **options))  # noqa: B023
+    return peaks

@@ -1,0 +1,82 @@
+"""Kernels over parts of the keys: each against the formulas, and CUDA's calls by their shapes, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megallama.kernels import attention_context
+from megallama.kernels.attention_context import WholeKeysAttention
+from megallama.kernels.fused import CpuFlash, CudaEfficient, CudaFlash, Reference, choose_kernel
+from megallama.kernels.segments import Block
+from tests.kernels.attention_on_ranks import worst_error
+
+
+@pytest.mark.parametrize(("queries", "keys", "is_causal"), [(24, 24, True), (8, 24, False), (24, 8, False)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_cpu_flash_equals_the_formulas(queries, keys, is_causal, kv_heads):
+    torch.manual_seed(0)
+    q, grad = (torch.randn(2, 4, queries, 16, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(2, kv_heads, keys, 16, dtype=torch.float64) for _ in range(2))
+    options = {"is_causal": is_causal, "scale": 0.3}
+    got, wanted = (kernel.forward(q, k, v, **options) for kernel in (CpuFlash(), Reference()))
+    assert worst_error(list(got[:2]), list(wanted[:2])) < 1e-12
+    # As if these keys were some of many: the log-sum-exp and the output are those over all of them.
+    out, lse = got[0] + 0.1, got[1] + 0.5
+    gradients = [
+        kernel.backward(grad, q, k, v, out, lse, None, **options) for kernel in (CpuFlash(), Reference())
+    ]
+    assert worst_error(*map(list, gradients)) < 1e-12
+
+
+def test_reference_equals_autograd():
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(4))
+    out, lse, _ = Reference().forward(q, k, v, is_causal=True, scale=0.3)
+    got = Reference().backward(grad, q, k, v, out, lse, None, is_causal=True, scale=0.3)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    score = (leaves[0] @ leaves[1].transpose(-1, -2) * 0.3).masked_fill(
+        torch.ones(6, 6, dtype=torch.bool).triu(1), float("-inf")
+    )
+    (score.softmax(-1) @ leaves[2]).backward(grad)
+    assert worst_error(list(got), [leaf.grad for leaf in leaves]) < 1e-12
+
+
+def test_each_device_and_precision_has_its_kernel():
+    with FakeTensorMode():
+        cuda = {
+            dtype: torch.empty(1, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32)
+        }
+        assert isinstance(choose_kernel("sdpa", cuda[torch.bfloat16]), CudaFlash)
+        assert isinstance(choose_kernel("sdpa", cuda[torch.float32]), CudaEfficient)
+        assert isinstance(choose_kernel("reference", cuda[torch.float32]), Reference)
+    assert isinstance(choose_kernel("sdpa", torch.empty(1)), CpuFlash)
+
+
+class Context:
+    """What autograd gives a function; here its two halves are called by hand."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+
+@pytest.mark.parametrize(
+    ("kernel_type", "dtype"), [(CudaFlash, torch.bfloat16), (CudaEfficient, torch.float32)]
+)
+@pytest.mark.parametrize("width", [64, 20])
+@pytest.mark.parametrize("documents", [None, ((0, 3, 40), (0, 7))])
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_cuda_calls_fit_their_operators(kernel_type, dtype, width, documents, cp_size, monkeypatch):
+    monkeypatch.setattr(attention_context, "_collect", lambda x, group: torch.cat([x] * cp_size))
+    monkeypatch.setattr(attention_context, "_give_back", lambda x, group: x[: len(x) // cp_size])
+    q, grad = (torch.empty(48, 2, 4, width, device="meta", dtype=dtype) for _ in range(2))
+    k, v = (torch.empty(48, 2, 2, width, device="meta", dtype=dtype) for _ in range(2))
+    kernel = kernel_type()
+    block = Block(documents, 2, 48 * cp_size, cp_size, cp_size - 1, kernel.is_varlen, q.device)
+    context = Context()
+    out = WholeKeysAttention.forward(context, q, k, v, block, kernel, 0.3, None)
+    gradients = WholeKeysAttention.backward(context, grad)[:3]
+    assert out.shape == q.shape and out.dtype == dtype
+    assert [g.shape for g in gradients] == [t.shape for t in (q, k, v)]
+    assert all(g.dtype == dtype for g in gradients)
