@@ -39,6 +39,11 @@ LAYOUTS = {
         8,
         [*CP2, "parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true", "zero.stage=2"],
     ),
+    "cp2 pp2 vp2 ring, tied": (
+        4,
+        [*CP2, "parallel.pp=2", "parallel.vp=2", "parallel.cp_kind=ring", "model.tie_embeddings=true"],
+    ),
+    "cp2 pp2 zero3": (4, [*CP2, "parallel.pp=2", "zero.stage=3"]),
     "reset positions": (1, ["data.reset_positions=true"]),
     "cp2 reset positions, ring": (2, [*CP2, "data.reset_positions=true", "parallel.cp_kind=ring"]),
     "pp4 reset positions": (

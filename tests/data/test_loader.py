@@ -19,6 +19,7 @@ from megallama.config.schema import (
     DataConfig,
     EvalConfig,
     ModelConfig,
+    ParallelConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,
@@ -87,6 +88,55 @@ def test_a_micro_batch_has_tokens_labels_and_mask(prefix: str) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         batches[0].tokens_BS = batches[1].tokens_BS  # type: ignore[misc]
     loader.close()
+
+
+def test_documents_and_positions_come_with_the_tokens(prefix: str) -> None:
+    (plain,) = loader_of(prefix, seq_len=32, global_batch_size=3).batches(0)
+    config = config_of(prefix, seq_len=32, global_batch_size=3)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, reset_positions=True))
+    (reset,) = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1).batches(0)
+    assert plain.positions_BS.tolist() == [list(range(32))]
+    assert plain.document_starts == reset.document_starts
+    for tokens, starts, positions in zip(
+        plain.tokens_BS, plain.document_starts, reset.positions_BS, strict=True
+    ):
+        # The documents of this file have 21 tokens, all numbered through.
+        document = tokens // 21
+        assert list(starts) == [0, *((document[1:] != document[:-1]).nonzero().flatten() + 1).tolist()]
+        assert len(starts) > 1
+        ends = [*starts[1:], 32]
+        assert positions.tolist() == [p for s, e in zip(starts, ends, strict=True) for p in range(e - s)]
+
+
+@pytest.mark.parametrize("is_resetting", [False, True])
+def test_context_parallel_ranks_share_each_sequence(prefix: str, is_resetting: bool) -> None:
+    config = config_of(prefix, seq_len=32, global_batch_size=3)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, reset_positions=is_resetting))
+    (whole,) = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1).batches(2)
+    config = dataclasses.replace(config, parallel=ParallelConfig(cp=2))
+    parts = [
+        open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1, cp_rank=rank).batches(2)[0]
+        for rank in range(2)
+    ]
+    places = [[*range(8), *range(24, 32)], list(range(8, 24))]
+    for part, place in zip(parts, places, strict=True):
+        for name in ("tokens_BS", "labels_BS", "loss_mask_BS", "positions_BS"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[:, place]), name
+        assert part.document_starts == whole.document_starts, "in positions of the whole sequence"
+
+
+def test_a_stage_without_tokens_still_knows_the_documents(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = loader_of(prefix, seq_len=32).batches(0)
+    monkeypatch.setattr(SampleStream, "sample", None)
+    config = config_of(prefix, seq_len=32)
+    middle = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1, is_reading_tokens=False)
+    (batch,) = middle.batches(0)
+    assert batch.tokens_BS.shape == batch.labels_BS.shape == batch.loss_mask_BS.shape == (12, 0)
+    assert batch.document_starts == whole.document_starts
+    assert torch.equal(batch.positions_BS, whole.positions_BS)
+    middle.close()
 
 
 @settings(max_examples=25, deadline=None)

@@ -206,3 +206,16 @@ def test_one_window_is_enough() -> None:
     stream = stream_of(memory(2, 3))
     assert stream.epoch_samples == [1]
     assert sorted(stream.sample(99).tolist()) == [0, 1, 2, 3, 4]
+
+
+@settings(max_examples=100, deadline=None)
+@given(drawn=lengths_and_seq_len, seed=st.integers(0, 2**40), index=st.integers(0, 40))
+def test_document_starts_are_where_the_tokens_jump(
+    drawn: tuple[list[int], int], seed: int, index: int
+) -> None:
+    lengths, seq_len = drawn
+    file = memory(*lengths)
+    first = np.cumsum([0, *lengths[:-1]])
+    stream = stream_of(file, seq_len=seq_len, seed=seed)
+    document = np.searchsorted(first + np.array(lengths), stream.sample(index)[:-1], side="right")
+    assert list(stream.document_starts(index)) == [0, *(np.flatnonzero(np.diff(document)) + 1).tolist()]
