@@ -117,7 +117,13 @@ def measure(
         train=TrainConfig(steps=1, run_dir="unused", seq_len=SEQ_LEN, global_batch_size=num_micro_batches),
     )
     tokens = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
-    batch: Any = SimpleNamespace(tokens_BS=tokens, labels_BS=tokens, loss_mask_BS=torch.ones(1, SEQ_LEN))
+    batch: Any = SimpleNamespace(
+        tokens_BS=tokens,
+        labels_BS=tokens,
+        loss_mask_BS=torch.ones(1, SEQ_LEN),
+        positions_BS=tokens,
+        document_starts=((0,),),
+    )
     with connect(config.parallel, environment=read_launch_environment()) as topology:
         clock = Clock(is_virtual)
         fakes = [

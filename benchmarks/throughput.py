@@ -53,6 +53,8 @@ class Batch:
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
     loss_mask_BS: torch.Tensor
+    positions_BS: torch.Tensor
+    document_starts: tuple[tuple[int, ...], ...]
 
 
 def batches() -> list[Batch]:
@@ -61,7 +63,9 @@ def batches() -> list[Batch]:
     tokens = torch.randint(
         0, MODEL.vocab_size, (MICRO_BATCHES, MICRO_BATCH, SEQ_LEN + 1), generator=generator
     )
-    return [Batch(t[:, :-1], t[:, 1:].contiguous(), torch.ones(MICRO_BATCH, SEQ_LEN)) for t in tokens]
+    mask, positions = torch.ones(MICRO_BATCH, SEQ_LEN), torch.arange(SEQ_LEN)[None]
+    starts = ((0,),) * MICRO_BATCH
+    return [Batch(t[:, :-1], t[:, 1:].contiguous(), mask, positions, starts) for t in tokens]
 
 
 def run_config(dtype: str) -> RunConfig:
