@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -53,9 +54,10 @@ def _rank_main(
         MASTER_PORT=str(port),
     )
     try:
-        pipe.send((True, function(*args)))
+        # Plain pickle copies tensors; the pipe's own would share their memory, which goes with the rank.
+        pipe.send_bytes(pickle.dumps((True, function(*args))))
     except BaseException:  # noqa: BLE001 - the parent shows it
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         pipe.close()
     # Without this, interpreter shutdown waits for gloo threads of peers that already left.
@@ -92,7 +94,7 @@ def run_ranks(
             for pipe in ready:
                 rank = pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                    ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
                     ok, value = (
                         False,
