@@ -130,7 +130,8 @@ RANK_RULES: list[tuple[int, list[str], str]] = [
     (
         4,
         ["parallel.tp=4", "model.vocab_size=510", "model.vocab_multiple=1"],
-        "the padded vocabulary (510 to a multiple of model.vocab_multiple 1 = 510) must be a multiple of parallel.tp (4)",
+        "the padded vocabulary (510 to a multiple of model.vocab_multiple 1 = 510)"
+        " must be a multiple of parallel.tp (4)",
     ),
     (
         3,
