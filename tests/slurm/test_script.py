@@ -19,7 +19,10 @@ JOB = {
     "SLURM_GPUS_ON_NODE": "4",
     "SLURM_CPUS_ON_NODE": "64",
 }
-RECORD = 'printf "%s\\n" "$(basename "$0")" "$@" "OMP=${OMP_NUM_THREADS:-} STOP=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-}" >> "$CALLS"\n'
+RECORD = (
+    'printf "%s\\n" "$(basename "$0")" "$@"'
+    ' "OMP=${OMP_NUM_THREADS:-} STOP=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-}" >> "$CALLS"\n'
+)
 STAND_INS = {
     "megallama": RECORD + 'exit "${CHECK_EXIT:-0}"\n',
     "scontrol": "printf 'gpu07\\ngpu08\\n'\n",
