@@ -15,6 +15,8 @@ import sysconfig
 import time
 from pathlib import Path
 
+from megallama.host.log import quiet_libraries
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = Path("build/demo")
 TOKENIZER = BUILD / "tokenizer" / "tokenizer.model"
@@ -35,6 +37,7 @@ PACKAGES = (
 def main() -> int:
     """Run the steps; returns the exit code of the first that fails."""
     os.chdir(ROOT)
+    quiet_libraries()
     begun = time.monotonic()
     try:
         if not TOKENIZER.exists():

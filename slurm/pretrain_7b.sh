@@ -17,7 +17,7 @@
 # After the failure of a node Slurm starts the job again, and the run resumes from its last checkpoint.
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Two minutes before the time limit the ranks are asked to save and end.
+# Two minutes before the time limit the ranks are asked to save and end (and torchrun below to wait for that).
 #SBATCH --signal=TERM@120
 
 set -euo pipefail
@@ -73,6 +73,7 @@ exec srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 bash -c '
   shift 2
   threads=$((${SLURM_CPUS_ON_NODE:-1} / ranks_per_node))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
   echo "node $((SLURM_NODEID + 1)) of $SLURM_NNODES: $SLURMD_NODENAME, $ranks_per_node ranks, rendezvous at $endpoint"
   exec torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks_per_node" \
     --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID" \

@@ -16,7 +16,7 @@ LAYOUTS = {
     "dp2 pp2 vp2 zero2": (4, [PP2, VP2, "zero.stage=2"]),
     "tp2 sp pp2 vp2": (4, [PP2, VP2, "parallel.tp=2", "parallel.sequence_parallel=true"]),
     "pp4 vp2": (4, ["parallel.pp=4", VP2, "model.num_layers=8", "zero.stage=2"]),
-    "pp3 of 5 layers": (3, ["parallel.pp=3", FIVE]),
+    "pp3 of 5 layers": (3, ["parallel.pp=3", FIVE, "parallel.layers_per_stage=[2,2,1]"]),
     "pp2 with 1 and 4 layers": (2, [PP2, FIVE, "parallel.layers_per_stage=[1,4]"]),
     "pp2 vp2 with 1 2 2 1 layers": (2, [PP2, VP2, SIX, "parallel.layers_per_stage=[1,2,2,1]"]),
     **{f"tied pp2 zero{z}": (2, [PP2, TIED, f"zero.stage={z}"]) for z in range(3)},

@@ -146,7 +146,7 @@ def decode_manifest(raw: bytes) -> Manifest:
         _damaged("checksum does not match the text")
     files = {}
     for name, entry in _mapping(body, "files").items():
-        if False:
+        if name != INDEX_FILE and not _DATA_FILE.fullmatch(name):
             _damaged(f"file name {name!r} is not allowed")
         files[name] = _decode_file(name, entry)
     if INDEX_FILE not in files:

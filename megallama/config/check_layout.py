@@ -107,7 +107,14 @@ def check_layers_over_pp(config: RunConfig) -> Iterator[str]:
         even = ",".join(map(str, split_layers(layers, pp * vp)))
         yield (
             f"parallel.layers_per_stage ({split}) must be parallel.pp x parallel.vp ({pp} x {vp} = {pp * vp}) numbers"
-            f" of at least 1 that add up to model.num_layers ({layers}): use [{even}] or leave it empty"
+            f" of at least 1 that add up to model.num_layers ({layers}): use [{even}]"
+        )
+    elif not split and layers % (pp * vp):
+        stages = f"parallel.pp ({pp})" if vp == 1 else f"parallel.pp x parallel.vp ({pp} x {vp} = {pp * vp})"
+        uneven = ",".join(map(str, split_layers(layers, pp * vp)))
+        yield (
+            f"model.num_layers ({layers}) must be a multiple of {stages}: use another number of stages,"
+            f" or give the uneven split with parallel.layers_per_stage=[{uneven}]"
         )
 
 

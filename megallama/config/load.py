@@ -113,7 +113,18 @@ def expand_sweep(
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML; `load_yaml` reads it back exactly."""
-    return str(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=1000))
+    return str(yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML 6.0 writes Unicode's own line ends plainly and reads them back as spaces; quoted, it escapes them."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(mark in data for mark in "\x85\u2028\u2029\ufeff") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def load_yaml(path: str | Path) -> RunConfig:

@@ -148,7 +148,7 @@ class ParallelConfig:
     vp: int = 1
     """Chunks of layers a rank (interleaved pipeline): the bubble shrinks by this, the traffic grows. Needs pp > 1."""
     layers_per_stage: list[int] = field(default_factory=list)
-    """Layers of each stage in model order, pp x vp numbers. Empty: evenly; where that fails, fewer at both ends."""
+    """Layers of each stage in model order, pp x vp numbers, where they are not to be equal. Empty: equally many."""
     sequence_parallel: bool = False
     """Cut the activations between tensor-parallel regions along the sequence. Needs tp > 1."""
 

@@ -101,13 +101,16 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = int(self._processor.bos_id()) if self._processor.bos_id() >= 0 else None
 
     def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
         # Bytes, because sentencepiece's own error for half a surrogate pair does not say what is wrong.
         return list(self._processor.encode(text.encode("utf-8")))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer`."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
         return str(self._processor.decode(self._check_ids(ids)))
 
 
@@ -141,16 +144,19 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = _special_token(path, "bos_token", vocabulary, _USUAL_BEGIN_TOKENS)
 
     def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
         text.encode("utf-8")
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer`."""
         for text in texts:
             text.encode("utf-8")
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [list(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
         return str(self._tokenizer.decode(self._check_ids(ids), skip_special_tokens=True))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -88,7 +89,7 @@ def run_ranks(
 
 def _result(pipe: Connection, rank: int, world_size: int) -> Any:
     try:
-        is_ok, value = pipe.recv()
+        is_ok, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         is_ok, value = False, "the process ended without a result"
     if not is_ok:
@@ -113,9 +114,10 @@ def _rank_main(
         MASTER_PORT=str(port),
     )
     try:
-        pipe.send((True, function(*args)))
+        # Plain pickle copies tensors; the pipe's own would share their memory, which goes with the rank.
+        pipe.send_bytes(pickle.dumps((True, function(*args))))
     except BaseException:  # noqa: BLE001 - the parent shows it
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         pipe.close()
     # Without this, interpreter shutdown waits for gloo threads of peers that already left.

@@ -94,6 +94,4 @@ def _num_layers(config: RunConfig, cuts: Sequence[RunConfig]) -> int:
     if given:
         return max(given)
     chunks = math.lcm(*(cut.parallel.pp * cut.parallel.vp for cut in cuts))
-    # An uneven split stays one: the layers do not divide by the stages where the many do not.
-    is_uneven = any(config.model.num_layers % (cut.parallel.pp * cut.parallel.vp) for cut in cuts)
-    return chunks + 1 if is_uneven else max(2, chunks)
+    return max(2, chunks)

@@ -96,6 +96,15 @@ RULES: list[tuple[list[str], str]] = [
         "parallel.layers_per_stage ([1, 2]) must be parallel.pp x parallel.vp (2 x 1 = 2) numbers of at least 1 that"
         " add up to model.num_layers (4): use [2,2]",
     ),
+    (
+        ["parallel.pp=2", "model.num_layers=5"],
+        "model.num_layers (5) must be a multiple of parallel.pp (2): use another number of stages, or give the uneven"
+        " split with parallel.layers_per_stage=[3,2]",
+    ),
+    (
+        ["parallel.pp=2", "parallel.vp=2", "model.num_layers=6"],
+        "model.num_layers (6) must be a multiple of parallel.pp x parallel.vp (2 x 2 = 4)",
+    ),
     (["parallel.pp=2", "parallel.layers_per_stage=[4,0]"], "parallel.layers_per_stage ([4, 0]) must be"),
     (["parallel.layers_per_stage=[2,2]"], "parallel.layers_per_stage ([2, 2]) must be"),
     (["zero.stage=4"], "zero.stage (4) must be 0, 1, 2 or 3"),
@@ -160,7 +169,8 @@ RANK_RULES: list[tuple[int, list[str], str]] = [
     (
         4,
         ["parallel.tp=4", "model.vocab_size=510", "model.vocab_multiple=1"],
-        "the padded vocabulary (510 to a multiple of model.vocab_multiple 1 = 510) must be a multiple of parallel.tp (4)",
+        "the padded vocabulary (510 to a multiple of model.vocab_multiple 1 = 510)"
+        " must be a multiple of parallel.tp (4)",
     ),
     (8, ["parallel.pp=8"], "model.num_layers (4) must be at least parallel.pp x parallel.vp (8 x 1 = 8)"),
     (
@@ -188,7 +198,7 @@ def test_rule_on_ranks(world_size: int, changes: list[str], message: str, tmp_pa
         (1, ["model.rope_scaling=linear", "model.rope_scaling_factor=2"]),
         (1, ["model.tie_embeddings=true"]),
         (2, ["model.tie_embeddings=true", "parallel.pp=2"]),
-        (3, ["parallel.pp=3"]),
+        (3, ["parallel.pp=3", "parallel.layers_per_stage=[1,2,1]"]),
         (4, ["parallel.pp=2", "zero.stage=3"]),
         (2, ["parallel.pp=2", "parallel.vp=2", "train.global_batch_size=7"]),
         (2, ["parallel.pp=2", "parallel.layers_per_stage=[1,3]"]),

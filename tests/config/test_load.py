@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megallama.config.load import expand_sweep, hydra_words, load_config, load_yaml, to_yaml
@@ -124,7 +124,7 @@ def test_missing_values_are_listed_with_how_to_set_them() -> None:
 
 
 def test_exp_and_model_need_no_plus_and_words_win_over_files() -> None:
-    for word in ("+exp=demo", "exp=demo"):
+    for word in ("+exp=llama2_7b", "exp=llama2_7b"):
         config = load_config([word, "+model=llama_tiny", "model.name=mine", "train.steps=7"])
         assert (config.model.hidden_size, config.model.name, config.train.steps) == (64, "mine", 7)
 
@@ -216,6 +216,7 @@ NAMES = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: te
 
 
 @settings(max_examples=60, deadline=None)
+@example(name="\x85", path="a\u2028b\u2029\ufeff", rate=0.0, kv=None)
 @given(name=NAMES, path=NAMES, rate=st.floats(allow_nan=False), kv=st.none() | st.integers())
 def test_yaml_round_trip_of_anything(name: str, path: str, rate: float, kv: int | None) -> None:
     config = RunConfig()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,25 @@ def config_of(prefix: str, *, validation: str | None = None, **train: Any) -> Ru
     )
 
 
+_opened: list[DataLoader] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_loader_outlives_its_test() -> Iterator[None]:
+    """One that reads ahead while a later test watches the stream would be counted there."""
+    yield
+    while _opened:
+        _opened.pop().close()
+
+
 def loader_of(
     prefix: str, *, dp_rank: int = 0, dp_size: int = 1, micro: int = 1, **options: Any
 ) -> DataLoader:
-    return open_loader(
+    loader = open_loader(
         config_of(prefix, **options), dp_rank=dp_rank, dp_size=dp_size, num_micro_batches=micro
     )
+    _opened.append(loader)
+    return loader
 
 
 def joined(batches: list[MicroBatch]) -> torch.Tensor:
@@ -247,7 +261,9 @@ def test_all_bad_files_are_named_at_once(prefix: str, tmp_path: Path) -> None:
 def test_a_vocabulary_above_the_models_is_refused(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     report = prepare([corpus], tmp_path, tokenizer=tokenizer_path, workers=1)
     config = config_of(str(report.train.prefix))
-    open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1).batches(0)
+    fitting = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
+    fitting.batches(0)
+    fitting.close()
     small = dataclasses.replace(config, model=ModelConfig(vocab_size=499))
     with pytest.raises(ConfigError, match=r"has 500 token ids, model.vocab_size \(499\)"):
         open_loader(small, dp_rank=0, dp_size=1, num_micro_batches=1)

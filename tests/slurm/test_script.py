@@ -19,7 +19,10 @@ JOB = {
     "SLURM_GPUS_ON_NODE": "4",
     "SLURM_CPUS_ON_NODE": "64",
 }
-RECORD = 'printf "%s\\n" "$(basename "$0")" "$@" "OMP=${OMP_NUM_THREADS:-}" >> "$CALLS"\n'
+RECORD = (
+    'printf "%s\\n" "$(basename "$0")" "$@"'
+    ' "OMP=${OMP_NUM_THREADS:-} STOP=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-}" >> "$CALLS"\n'
+)
 STAND_INS = {
     "megallama": RECORD + 'exit "${CHECK_EXIT:-0}"\n',
     "scontrol": "printf 'gpu07\\ngpu08\\n'\n",
@@ -87,7 +90,7 @@ def test_each_node_starts_torchrun_with_the_words_of_the_command_line(tmp_path: 
         "--rdzv-conf=is_host=0",
         "--local-addr=gpu08",
     ]
-    assert torchrun[-1] == "OMP=16"
+    assert torchrun[-1] == "OMP=16 STOP=110"
 
 
 @pytest.mark.parametrize("word", ["+exp=llama3_8b", "exp=demo", "++exp=demo"])

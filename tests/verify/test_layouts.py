@@ -103,10 +103,10 @@ def test_shrinking_keeps_the_padding_of_the_vocabulary():
     assert base().model.vocab_size % base().model.vocab_multiple and model.vocab_size % model.vocab_multiple
 
 
-def test_shrinking_keeps_whether_layers_divide_over_stages():
-    config = change(base(), {"model.num_layers": 15})
-    (layout,) = parse_layouts("pp=2")
-    assert shrink(config, [layout], steps=2).model.num_layers % 2 == 1
+def test_shrinking_keeps_an_uneven_split():
+    (layout,) = parse_layouts("pp=2,layers_per_stage=[3,2]")
+    small = shrink(base(), [layout], steps=2)
+    assert small.model.num_layers == 5
 
 
 def test_the_default_layouts_follow_the_experiment():
