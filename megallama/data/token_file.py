@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megallama.data.prepared import Manifest, check_token_file, read_manifest
 from megallama.host.errors import ConfigError
+
+
+def write_token_file(prefix: Path, documents: Iterable[Sequence[int]]) -> None:
+    """A `.bin`/`.idx` pair of int32 tokens without a manifest, as for a small run made on the spot."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for tokens in documents:
+        builder.add_document(np.asarray(tokens, dtype=np.int32), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
 
 
 class TokenFile:

@@ -22,7 +22,6 @@ Written against DeepSpeed 0.19.8. What is done here beside calling its public fu
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 import math
 import sys
@@ -148,7 +147,6 @@ class ZeroEngine:
     def _start_deepspeed(self) -> None:
         deepspeed.utils.logger.setLevel(logging.ERROR)
         # Prints memory to stdout while it is built, whatever the log level.
-        bf16_optimizer: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
         bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
         if self._topology.device.type == "cpu":
             # By name: the attribute `deepspeed.comm.torch` is torch itself.

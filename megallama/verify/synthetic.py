@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megallama.data.token_file import write_token_file
 
 MASK_PERIOD = 4
 """Labels that are multiples of this do not count in the loss."""
@@ -21,17 +21,17 @@ def write_tokens(prefix: Path, *, num_tokens: int, vocab_size: int, seq_len: int
     Documents differ in their share of masked labels, so that micro-batches and ranks hold unequal numbers of
     counted tokens: a mean of means is then wrong by more than rounding.
     """
-    generator = np.random.default_rng(seed)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    generator = torch.Generator().manual_seed(seed)
+    documents = []
     written = 0
     while written < num_tokens:
-        length = int(generator.integers(2, 2 * seq_len))
-        tokens = generator.integers(0, vocab_size, length)
-        masked = generator.random(length) < generator.choice([0.0, 0.3, 0.9])
-        tokens = np.where(masked, tokens // MASK_PERIOD * MASK_PERIOD, tokens)
-        builder.add_document(tokens, [length])
+        length = int(torch.randint(2, 2 * seq_len, (), generator=generator))
+        tokens = torch.randint(0, vocab_size, (length,), generator=generator)
+        share = (0.0, 0.3, 0.9)[int(torch.randint(0, 3, (), generator=generator))]
+        masked = torch.rand(length, generator=generator) < share
+        documents.append(torch.where(masked, tokens // MASK_PERIOD * MASK_PERIOD, tokens).tolist())
         written += length
-    builder.finalize(f"{prefix}.idx")
+    write_token_file(prefix, documents)
 
 
 def with_uneven_mask(batches: Sequence[Any]) -> list[Any]:
