@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     quiet_libraries()
     try:
         environment = read_launch_environment()
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_intermixed_args(arguments)
         if _only_shows(options):
             if environment.rank == 0:
                 _show(arguments, options)

@@ -13,6 +13,9 @@ from megallama.config.load import load_yaml
 from megallama.config.schema import AdamKernel, NormKernel, RunConfig
 from megallama.host.errors import ConfigError, UserError
 
+NOT_OF_THE_SHAPE = {"name", "hidden_dropout", "init_std", "max_seq_len"}
+"""Model settings that may change between the runs of one checkpoint."""
+
 
 class ManifestFacts(Protocol):
     """What is asked of a manifest."""
@@ -145,7 +148,8 @@ def check_same_model(config: RunConfig) -> Iterator[str]:
     differences = [
         f"model.{field.name} {getattr(before, field.name)} there, {getattr(config.model, field.name)} here"
         for field in dataclasses.fields(before)
-        if field.name != "name" and getattr(before, field.name) != getattr(config.model, field.name)
+        if field.name not in NOT_OF_THE_SHAPE
+        and getattr(before, field.name) != getattr(config.model, field.name)
     ]
     if differences:
         yield (

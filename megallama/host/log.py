@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -16,7 +17,7 @@ def start_log(folder: Path, *, rank: int) -> logging.Handler:
     Returns the handler, to be closed with `stop_log`: a process that runs several jobs has a log for each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{rank:05d}.log", encoding="utf-8")
+    handler = _FileHandler(folder / f"rank-{rank:05d}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter(FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -29,6 +30,20 @@ def start_log(folder: Path, *, rank: int) -> logging.Handler:
         package.addHandler(console)
     logging.captureWarnings(True)
     return handler
+
+
+class _FileHandler(logging.FileHandler):
+    """Loses lines on a full disk, where logging would show a traceback for each: what matters is raised elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Only for the disk."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """What cannot be flushed is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def stop_log(handler: logging.Handler) -> None:

@@ -48,7 +48,8 @@ class Recorder:
             try:
                 sink.close()
             except Exception as error:
-                log.error("closing %s failed", type(sink).__name__, exc_info=True)
+                is_of_disk = isinstance(error, OSError)
+                log.error("closing %s failed (%s)", type(sink).__name__, error, exc_info=not is_of_disk)
                 failures.append(error)
         if failures:
             raise failures[0]

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megallama.checkpoint.boxes import build_boxes
 from megallama.checkpoint.store import load_checkpoint, save_checkpoint
 from megallama.checkpoint.verify import latest_checkpoint
+from megallama.config.check_files import NOT_OF_THE_SHAPE
 from megallama.config.load import to_yaml
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.data.loader import DataLoader
@@ -36,9 +37,6 @@ from megallama.trainer.traffic_hook import MeteredEngine
 
 log = logging.getLogger(__name__)
 
-NOT_OF_THE_SHAPE = {"name", "hidden_dropout", "init_std", "max_seq_len"}
-"""Model settings that may change between the runs of one checkpoint."""
-
 
 @contextmanager
 def open_run_folder(config: RunConfig, topology: Topology) -> Iterator[RunFolder]:
@@ -52,17 +50,27 @@ def open_run_folder(config: RunConfig, topology: Topology) -> Iterator[RunFolder
                 tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
                 folder.write_start(config_yaml=to_yaml(config), tokenizer=tokenizer)
             except OSError as error:
-                refusal = [UserError(f"train.run_dir ({folder.path}) cannot be written ({error.strerror})")]
+                refusal = [_not_writable(folder, error)]
             except UserError as error:
                 refusal = [error]
         # Every rank learns of it, so that none waits for the others.
         dist.broadcast_object_list(refusal, src=0, group=topology.host_group)
         if refusal[0] is not None:
             raise refusal[0]
-        handler = start_log(folder.logs, rank=topology.rank)
+        try:
+            handler = start_log(folder.logs, rank=topology.rank)
+        except OSError as error:
+            raise _not_writable(folder, error) from error
         stack.callback(stop_log, handler)
         log.info("rank %d of %d, %s, %s", topology.rank, topology.world_size, topology.grid, topology.device)
         yield folder
+
+
+def _not_writable(folder: RunFolder, error: OSError) -> UserError:
+    return UserError(
+        f"train.run_dir ({folder.path}) cannot be written ({error.strerror}): free space on its disk,"
+        " or choose another train.run_dir"
+    )
 
 
 def build_trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -59,18 +60,19 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train. Returns whether all steps are completed (False after a requested stop)."""
-        try:
-            for hook in self.hooks:
-                hook.start(self.state)
-            while self.state.step < self.steps:
-                report = self._step()
+        # Every hook finishes, in this order, also when another one fails at it.
+        with contextlib.ExitStack() as stack:
+            for hook in reversed(self.hooks):
+                stack.callback(hook.finish, self.state)
+            try:
                 for hook in self.hooks:
-                    hook.after_step(self.state, report)
-        except StopTraining:
-            return False
-        finally:
-            for hook in self.hooks:
-                hook.finish(self.state)
+                    hook.start(self.state)
+                while self.state.step < self.steps:
+                    report = self._step()
+                    for hook in self.hooks:
+                        hook.after_step(self.state, report)
+            except StopTraining:
+                return False
         return True
 
     def _step(self) -> StepReport:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from megallama.config.schema import RunConfig
+from megallama.host.errors import UserError
 from megallama.metrics.meter import Progress, build_meter
 from megallama.metrics.recorder import Recorder, build_recorder
 from megallama.topology.groups import Topology
@@ -44,9 +47,21 @@ class MetricsHook(Hook):
         assert self._recorder is not None
         progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
         numbers = self._meter.measure(report.result, progress=progress, seconds=report.seconds)
-        self._recorder.record(state.step, {**numbers, **report.numbers})
+        with self._full_disk_told():
+            self._recorder.record(state.step, {**numbers, **report.numbers})
 
     def finish(self, state: TrainState) -> None:
         """Close the sinks."""
         if self._recorder is not None:
-            self._recorder.close()
+            with self._full_disk_told():
+                self._recorder.close()
+
+    @contextmanager
+    def _full_disk_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"metrics cannot be written to {self._folder.path} ({error.strerror or error}): free some space"
+                " there; the same command goes on from the last checkpoint"
+            ) from error

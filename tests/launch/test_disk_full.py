@@ -1,0 +1,169 @@
+"""A disk that fills up while a run is saving: one message, the older checkpoint whole, the rerun goes on from it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from megallama.checkpoint.verify import verify_checkpoint
+from megallama.host.errors import EXIT_USER_ERROR
+from megallama.metrics.jsonl import load_metrics
+from tests.jobs import metrics, overrides, run_job
+from tests.launch.entry import Outcome, call, impatient_train_command
+from tests.ranks import run_ranks
+
+SAVES = "checkpoint.interval=2"
+"""Of 5 steps: saves after 2 and 4 steps and at the end."""
+
+DISK_BYTES = 16 << 20
+FREE_BYTES = 1 << 20
+"""Less than one checkpoint of about 3 MB."""
+
+_CLONE_NEWNS, _CLONE_NEWUSER, _MS_REC, _MS_PRIVATE = 0x20000, 0x10000000, 0x4000, 0x40000
+
+
+def at_step(step: int, action: object) -> None:
+    """Calls `action` in this process when `step` steps are done and not yet saved."""
+    from megallama.trainer import hooks
+
+    def act(self: object, state: object, report: object) -> None:
+        if state.step == step:  # type: ignore[attr-defined]
+            action()  # type: ignore[operator]
+
+    hooks.GuardHook.after_step = act  # type: ignore[method-assign, assignment]
+
+
+def limit_files() -> None:
+    """No file of this process may grow any more than logs do: writing fails half-way, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, resource.RLIM_INFINITY))
+
+
+def limited_on_last_rank(arguments: list[str]) -> Outcome:
+    """One of two ranks; the other one's disk is full before the second save."""
+    if os.environ["RANK"] == "1":
+        at_step(3, limit_files)
+    return call(impatient_train_command, arguments)
+
+
+def run_with_short_metrics(arguments: list[str]) -> Outcome:
+    """A run whose metrics.jsonl can take no line after about ten steps."""
+    limit = (4096, resource.RLIM_INFINITY)
+    at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    return call(impatient_train_command, arguments)
+
+
+def test_a_disk_without_room_for_metrics(tmp_path: Path) -> None:
+    arguments = overrides(tmp_path, "train.steps=60", "log.interval=60")
+    (outcome,) = run_ranks(1, run_with_short_metrics, arguments)
+    assert outcome.code == EXIT_USER_ERROR and "Traceback" not in outcome.output, outcome.output
+    assert len(outcome.errors) == 1, outcome.output
+    assert outcome.errors[0].startswith(
+        f"error: metrics cannot be written to {tmp_path / 'run'} (File too large)"
+    )
+    steps = [line["progress/step"] for line in load_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and 3 < len(steps) < 60, "all but the last line are whole"
+
+
+def assert_first_is_whole(checkpoints: Path) -> None:
+    """The checkpoint of step 2 and nothing else."""
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+    assert verify_checkpoint(checkpoints / "step-00000002") == []
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_all(tmp_path: Path) -> None:
+    wanted = run_job(tmp_path, 2, SAVES, run_name="whole")
+    arguments = overrides(tmp_path, SAVES, run_name="cut")
+    first, second = run_ranks(2, limited_on_last_rank, arguments)
+    assert (first.code, second.code) == (EXIT_USER_ERROR, EXIT_USER_ERROR), (first, second)
+    assert first.errors[0].startswith("error: no room for the checkpoint at "), first.output
+    assert second.errors[0] == first.errors[0].replace("error:", "error on rank 1:"), second.output
+    for outcome in (first, second):
+        assert len(outcome.errors) == 1 and "Traceback" not in outcome.output, outcome.output
+    assert "free some space, lower checkpoint.keep or move train.run_dir" in first.output
+    assert_first_is_whole(tmp_path / "cut" / "checkpoints")
+    assert run_job(tmp_path, 2, SAVES, run_name="cut") == wanted
+    log = (tmp_path / "cut" / "log" / "rank-00000.log").read_text()
+    assert "step-00000002 at step 2" in log
+
+
+def mount_small_disk(folder: Path) -> bool:
+    """Puts a disk of DISK_BYTES at `folder` that only this process sees; False where the kernel forbids it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = _CLONE_NEWNS
+    user, group = os.getuid(), os.getgid()
+    if user != 0:
+        flags |= _CLONE_NEWUSER
+    if libc.unshare(flags) != 0:
+        return False
+    if user != 0:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    if libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) != 0:
+        return False
+    size = f"size={DISK_BYTES}".encode()
+    return bool(libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, size) == 0)
+
+
+def fill(folder: Path, *, leave_bytes: int) -> None:
+    """Writes a file that leaves `leave_bytes` of the disk."""
+    disk = os.statvfs(folder)
+    assert disk.f_blocks * disk.f_frsize == DISK_BYTES, "never the disk of this machine"
+    free = disk.f_bavail * disk.f_frsize
+    with open(folder / "ballast", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free - leave_bytes)
+
+
+def run_on_small_disk(
+    disk: Path, arguments: list[str], leave_bytes: int, is_noticed_late: bool
+) -> tuple[Outcome, list[str], list[str], Outcome, list[tuple[float, float]]]:
+    """A run whose disk fills up after step 3, and its rerun with space.
+
+    Returns:
+        How it ended, its checkpoints, what is wrong with the first of them, how the rerun ended, its losses.
+    """
+    from megallama.checkpoint import store
+
+    if mount_small_disk(disk):
+        at_step(3, lambda: fill(disk, leave_bytes=leave_bytes))
+    else:
+        # A container may forbid mounts; then the limit on files stands for the full disk.
+        at_step(3, limit_files)
+    known = store.free_bytes
+    if is_noticed_late:
+        # As where a quota, or another writer, takes what the file system says is free.
+        store.free_bytes = lambda path: 1 << 50  # type: ignore[assignment]
+    ended = call(impatient_train_command, arguments)
+    saved = sorted(path.name for path in (disk / "run" / "checkpoints").iterdir())
+    problems = verify_checkpoint(disk / "run" / "checkpoints" / "step-00000002")
+    (disk / "ballast").unlink(missing_ok=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    store.free_bytes = known
+    at_step(3, lambda: None)
+    again = call(impatient_train_command, arguments)
+    lines = metrics(disk / "run")
+    return ended, saved, problems, again, [(line["train/loss"], line["train/grad_norm"]) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("leave_bytes", "is_noticed_late"),
+    [(FREE_BYTES, False), (FREE_BYTES, True), (0, True)],
+    ids=["too little before the save", "too little within the save", "nothing at all"],
+)
+def test_a_small_disk(leave_bytes: int, is_noticed_late: bool, tmp_path: Path) -> None:
+    wanted = run_job(tmp_path, 1, SAVES, run_name="whole")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    arguments = [*overrides(tmp_path, SAVES), f"train.run_dir={disk / 'run'}"]
+    ((ended, saved, problems, again, got),) = run_ranks(
+        1, run_on_small_disk, disk, arguments, leave_bytes, is_noticed_late
+    )
+    assert ended.code == EXIT_USER_ERROR and len(ended.errors) == 1, ended.output
+    assert "Traceback" not in ended.output and "free some" in ended.errors[0], ended.output
+    assert (saved, problems) == (["step-00000002"], []), ended.output
+    assert again.code == 0, again.output
+    assert got == wanted
