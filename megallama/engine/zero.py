@@ -43,6 +43,7 @@ with warnings.catch_warnings():
     logging.disable(logging.WARNING)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     logging.disable(logging.NOTSET)

@@ -85,7 +85,7 @@ def test_the_guard_is_silent_with_the_remedy(stage, tmp_path):
 def a_step_with_a_lost_backward(engine, module, loader, topology, config):
     batches = loader.batches(0)
     engine.train_step(0, batches)
-    engine._zero._num_epilogues = -1
+    engine._zero._num_ended = -1
     before = [parameter.clone() for parameter in module.parameters()]
     with pytest.raises(AssertionError, match="DeepSpeed finished 7 of 8 backwards"):
         engine.train_step(1, batches)

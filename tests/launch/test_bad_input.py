@@ -61,20 +61,39 @@ SETTINGS: dict[str, tuple[list[str], int, str]] = {
     "layers over pp": (
         ["parallel.pp=3"],
         3,
-        "model.num_layers (4) must be a multiple of parallel.pp (3): use parallel.pp=2 or 4",
+        "model.num_layers (4) must be a multiple of parallel.pp (3): use another number of stages, or give the uneven"
+        " split with parallel.layers_per_stage=[1,2,1]",
     ),
     "batch": (
         ["train.micro_batch_size=4", "train.global_batch_size=100"],
         8,
         "train.global_batch_size (100)",
     ),
-    "ZeRO 3 with pp": (["zero.stage=3", "parallel.pp=2"], 2, "zero.stage (3) needs parallel.pp (2) = 1"),
-    "context parallel": (["parallel.cp=2"], 2, "parallel.cp (2) must be 1"),
-    "interleaved pipeline": (["parallel.pp=2", "parallel.vp=2"], 2, "parallel.vp (2) must be 1"),
-    "tied embeddings over stages": (
-        ["model.tie_embeddings=true", "parallel.pp=2"],
+    "uneven stages": (
+        ["parallel.pp=2", "parallel.layers_per_stage=[1,2]"],
         2,
-        "model.tie_embeddings (true) needs parallel.pp (2) = 1",
+        "parallel.layers_per_stage ([1, 2]) must be parallel.pp x parallel.vp (2 x 1 = 2) numbers",
+    ),
+    "context parallel": (
+        ["parallel.cp=2", "train.seq_len=30"],
+        2,
+        "train.seq_len (30) must be a multiple of ",
+    ),
+    "heads over ulysses": (
+        ["parallel.cp=8", "parallel.cp_kind=ulysses"],
+        8,
+        "parallel.cp_kind",
+    ),
+    "interleaved pipeline": (["parallel.vp=2"], 1, "parallel.vp (2) needs parallel.pp (1) above 1"),
+    "micro-batches of an interleaved pipeline": (
+        ["parallel.pp=2", "parallel.vp=2", "train.global_batch_size=1"],
+        2,
+        "the interleaved pipeline needs at least as many micro-batches (1) as parallel.pp (2)",
+    ),
+    "offload of nothing": (
+        ["zero.stage=0", "zero.offload=true"],
+        1,
+        "zero.offload (true) needs zero.stage (0)",
     ),
     "missing data": (["data.sources=[data/absent]"], 1, "data/absent does not exist"),
     "missing tokenizer": (["data.tokenizer=absent.model"], 1, "absent.model does not exist"),
