@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megallama", "megallama.*"]),
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.13,<2.14",
         "megatron-core>=0.16.1,<0.19",
         "deepspeed>=0.19.8,<0.20",
         "hydra-core>=1.3.2,<1.4",

@@ -112,7 +112,7 @@ The loss plot is {RUN_DIR / "loss.png"}, every number is in {RUN_DIR / "metrics.
 
   source .venv/bin/activate
   megallama generate {RUN_DIR} --prompt 'import os' --temperature 0
-  # the same losses in other layouts
+  # the same run in other layouts
   torchrun --nproc-per-node 2 launch/train.py +exp=demo train.run_dir=runs/tp2 parallel.tp=2
   torchrun --nproc-per-node 2 launch/train.py +exp=demo train.run_dir=runs/pp2 parallel.pp=2
   # your own text

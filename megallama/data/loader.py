@@ -83,11 +83,6 @@ class DataLoader:
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     @property
-    def has_validation(self) -> bool:
-        """Whether there is validation data."""
-        return self._validation is not None
-
-    @property
     def num_validation_batches(self) -> int:
         """Global batches of one evaluation: `eval.batches`, fewer where the data does not hold as many."""
         if self._validation is None:

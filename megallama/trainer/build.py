@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,13 +164,17 @@ def model_facts(model: ModelConfig) -> dict[str, Any]:
     return {k: getattr(v, "value", v) for k, v in facts.items() if k not in NOT_OF_THE_SHAPE}
 
 
+SAME_REQUEST_S = 2.0
+"""Signals so close together are one request: a rank may get it from Slurm and from torchrun."""
+
+
 class SignalHook(StopHook):
     """SIGTERM and SIGINT end the run after the step in flight, with a checkpoint; a second one ends it at once."""
 
     def __init__(self, topology: Topology, checkpoints: CheckpointStore) -> None:
         super().__init__(self._is_any_rank_asked, checkpoints.save)
         self._topology = topology
-        self._received = False
+        self._received_s: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def start(self, state: TrainState) -> None:
@@ -183,11 +188,15 @@ class SignalHook(StopHook):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-        signal.signal(number, self._previous[signal.Signals(number)])
+        now = time.monotonic()
+        if self._received_s is None:
+            self._received_s = now
+        elif now - self._received_s > SAME_REQUEST_S:
+            signal.signal(number, self._previous[signal.Signals(number)])
+            signal.raise_signal(number)
 
     def _is_any_rank_asked(self) -> bool:
-        asked = torch.tensor(int(self._received))
+        asked = torch.tensor(int(self._received_s is not None))
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._topology.host_group)
         if asked:
             log.warning("asked to stop: saving a checkpoint")

@@ -225,7 +225,7 @@ def test_a_wrong_token_is_named_where_it_is_used(
 
 def test_validation_is_always_the_same_from_the_start_of_the_file(prefix: str) -> None:
     loaders = [loader_of(prefix, validation=prefix, dp_rank=r, dp_size=2, micro=2) for r in range(2)]
-    assert all(loader.has_validation for loader in loaders)
+    assert all(loader.num_validation_batches for loader in loaders)
     loaders[0].batches(7)
     both = [loader.validation_batches() for loader in loaders]
     assert (
@@ -247,7 +247,7 @@ def test_small_validation_data_is_not_repeated_beyond_one_batch(prefix: str, tmp
 
 def test_no_validation(prefix: str) -> None:
     loader = loader_of(prefix)
-    assert not loader.has_validation and loader.validation_batches() == []
+    assert loader.num_validation_batches == 0 and loader.validation_batches() == []
     assert loader.num_validation_batches == 0
 
 
