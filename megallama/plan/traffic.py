@@ -160,7 +160,7 @@ def _add_zero(
         return
     traffic["dp_cp", "all_reduce", "float64"] += 8  # loss
     if grid.dp > 1:
-        traffic["dp", "all_reduce", "int64"] += 8  # tokens
+        traffic["dp_cp", "all_reduce", "int64"] += 8  # tokens
     if is_checked:
         traffic["dp_cp", "all_reduce", "uint8"] += 1
     if stage == 0:
