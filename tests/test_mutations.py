@@ -18,7 +18,7 @@ LAYOUTS = parse_layouts(
 )
 
 MISSABLE = 1
-"""Bugs of the list that may go unnoticed; which one it is, and why, stands in docs/lab-notes.md."""
+"""Bugs of the list that may go unnoticed."""
 
 pytestmark = pytest.mark.slow
 
@@ -51,12 +51,29 @@ def test_a_clean_tree_raises_no_alarm(layout, benches):
     assert result.is_equal, result
 
 
+HINTS = {
+    "_cp": "cp=2",
+    "tied": "ties",
+    "stage": "pp=2",
+    "backward": "pp=2",
+    "interleaved": "vp=2",
+    "replica": "dp=2",
+    "_dp": "dp=2",
+}
+"""Part of a bug's name, and of the layouts in which it should show; only the order of trying, to save time."""
+
+
+def likeliest_first(name):
+    parts = [part for word, part in HINTS.items() if word in name]
+    return sorted(LAYOUTS, key=lambda layout: not any(part in layout.name for part in parts))
+
+
 @pytest.mark.timeout(1800)
 def test_the_planted_bugs_are_noticed(benches):
     noticed, causes = {}, []
     for name, plant in MUTATIONS.items():
         noticed[name] = None
-        for layout in LAYOUTS:
+        for layout in likeliest_first(name):
             result = benches.verify(layout, before=plant)
             if not result.is_equal:
                 noticed[name] = layout.name
