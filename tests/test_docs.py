@@ -45,9 +45,19 @@ def test_commands_parse(document):
     for words in commands(document):
         if words[0] == "megallama":
             _parser().parse_args(words[1:])
-        if "launch/train.py" in words:
-            overrides = words[words.index("launch/train.py") + 1 :]
+        script = next((word for word in words if word in ("launch/train.py", "slurm/pretrain_7b.sh")), None)
+        if script is not None:
+            overrides = words[words.index(script) + 1 :]
+            if script.startswith("slurm") and not any("exp=" in word for word in overrides):
+                overrides = ["+exp=llama2_7b", *overrides]
             load_config([word for word in overrides if not word.startswith("--")])
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/quickstart.md", "docs/cluster.md", "docs/parallelism.md"]
+)
+def test_commands_are_found(name):
+    assert list(commands(ROOT / name))
 
 
 def test_the_quickstart_has_commands_of_each_kind():
