@@ -16,7 +16,7 @@ READERS = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv", "ex
 def table():
     """{part: (layer, libraries)} as docs/architecture.md says; a part is a package or a module of megallama."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d) \| `(\w+)(?:\.py|/)` \| (.*) \|$", text, flags=re.M)
+    rows = re.findall(r"^\| (\d+) \| `(\w+)(?:\.py|/)` \| (.*) \|$", text, flags=re.M)
     return {part: (int(layer), set(libs.split(", ")) - {"none"}) for layer, part, libs in rows}
 
 
