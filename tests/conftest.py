@@ -1,5 +1,23 @@
 """Shared set-up of the tests."""
 
+import pytest
+
+from tests.jobs import run_job
 from tests.ranks import start_forkserver
 
 start_forkserver()
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    """One process; one oracle for each change of the model among the layouts."""
+    folder = tmp_path_factory.mktemp("oracle")
+    results = {}
+
+    def result(model_overrides):
+        key = tuple(model_overrides)
+        if key not in results:
+            results[key] = run_job(folder, 1, *key, run_name=f"oracle{len(results)}")
+        return results[key]
+
+    return result

@@ -51,21 +51,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory):
-    """One process; one oracle for each change of the model or batch among the layouts."""
-    folder = tmp_path_factory.mktemp("oracle")
-    results = {}
-
-    def result(extra):
-        key = tuple(word for word in extra if word.startswith(("model.", "train.global")))
-        if key not in results:
-            results[key] = run_job(folder, 1, *key, run_name=f"oracle{len(results)}")
-        return results[key]
-
-    return result
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_pipeline_equals_one_process(name, oracle, tmp_path):
     world_size, extra = LAYOUTS[name]
