@@ -10,12 +10,12 @@ start_forkserver()
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    """One process; one oracle for each change of the model among the layouts."""
+    """One process; one run for each change of the model or the batch among the layouts."""
     folder = tmp_path_factory.mktemp("oracle")
     results = {}
 
-    def result(model_overrides):
-        key = tuple(model_overrides)
+    def result(extra):
+        key = tuple(word for word in extra if word.startswith(("model.", "train.global", "data.")))
         if key not in results:
             results[key] = run_job(folder, 1, *key, run_name=f"oracle{len(results)}")
         return results[key]
