@@ -43,7 +43,7 @@ class _Holding:
 
 
 def step_traffic(config: RunConfig, *, grid: Grid, place: Coordinates) -> Traffic:
-    """Bytes of one optimizer step of the rank at `place`.
+    """Bytes of one optimizer step of the rank at `place`; a step that fp16 skips gathers no parameters.
 
     Raises:
         UserError: a combination without a formula: ZeRO 3 with stages, fewer key/value heads than tp ranks.
@@ -190,8 +190,9 @@ def _add_zero(
     elements = sum(map(sum, groups))
     ranks = grid.dp * grid.cp
     is_bf16 = config.precision.dtype == Dtype.bf16
-    is_bf16_optimizer = is_bf16 and stage < 2
-    is_checked = is_bf16 and stage == 2  # for overflow
+    is_bf16_optimizer = is_bf16 and stage < 2 and not config.zero.offload
+    # For overflow.
+    is_checked = config.precision.dtype == Dtype.fp16 or (is_bf16 and stage < 3 and not is_bf16_optimizer)
     if grid.tp * grid.pp > 1:
         scalar = "float64" if stage == 3 else wide
         # Gradient norm: once for each group with and without decay; DeepSpeed's BF16_Optimizer takes one for both.
@@ -202,7 +203,7 @@ def _add_zero(
         return
     traffic["dp_cp", "all_reduce", "float64"] += 8  # loss
     traffic["dp_cp", "all_reduce", "int64"] += 8  # tokens
-    if is_checked:
+    if is_checked and stage > 0:
         traffic["dp_cp", "all_reduce", "uint8"] += 1
     if stage == 0:
         traffic["dp_cp", "all_reduce", wide] += elements * wide_item
@@ -237,10 +238,3 @@ def _add_ties(
     elements = rows * config.model.hidden_size // grid.tp
     for dtype in (_wide(config), NUMPY_NAMES[config.precision.dtype]):  # gradient, weight
         traffic["first_last", "broadcast", dtype] += elements * ITEM_BYTES[dtype]
-
-
-def ring_bytes(operation: str, size: int, *, ranks: int) -> float:
-    """Bytes that each rank sends for a call of `size` bytes, on a ring."""
-    share = (ranks - 1) / ranks
-    factor = {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "all_to_all": share}
-    return size * factor.get(operation, 1.0)
