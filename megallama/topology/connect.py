@@ -80,6 +80,7 @@ def _topology(grid: Grid, rank: int, device: torch.device) -> Topology:
         pp_rank=place.pp,
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -91,6 +92,7 @@ def _topology(grid: Grid, rank: int, device: torch.device) -> Topology:
     )
     for axes, group in (
         (("tp",), topology.tp_group),
+        (("cp",), topology.cp_group),
         (("pp",), topology.pp_group),
         (("dp",), topology.dp_group),
         (("dp", "cp"), topology.dp_cp_group),

@@ -22,6 +22,7 @@ class Topology:
     pp_rank: int
     device: torch.device
     tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
