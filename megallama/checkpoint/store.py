@@ -94,11 +94,13 @@ def load_checkpoint(
     *,
     tensors: Mapping[str, BoxedTensor],
     model: Mapping[str, JSON],
+    kind: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, JSON]:
     """Fills the boxes of `tensors` in place from the checkpoint at `path` and returns its state.
 
     The layout of the saving run does not matter. Contents are not digested: `latest_checkpoint` does that.
+    Only tensors of one `kind` (`fp32`) are filled if it is given; the checkpoint may then lack the others.
 
     Raises:
         UserError: the checkpoint is of another model (with the differing keys), or cannot be read.
@@ -106,6 +108,9 @@ def load_checkpoint(
     """
     ranks = Ranks(group)
     manifest, index = ranks.everywhere(lambda: _open(path, model, with_sizes=ranks.is_first))
+    if kind is not None:
+        index = {key: record for key, record in index.items() if key.startswith(f"{kind}/")}
+        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{kind}/")}
     reader = BoxReader(path, tensors=index)
     with torch.no_grad(), damage_at(path):
         _translated(
