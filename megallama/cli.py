@@ -15,7 +15,8 @@ from megallama.host.log import quiet_libraries
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    0, 1 where a command looked for differences or damage and found some, 2 for something that the user can mend, 130 for ctrl-c.
+    0, 1 where a command looked for differences or damage and found some, 2 for something that the user can mend,
+    130 for ctrl-c.
     """
     options = _parser().parse_args(arguments)
     quiet_libraries()
