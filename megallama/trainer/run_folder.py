@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from megallama.data.tokenizer import SIDE_FILES
 from megallama.host.errors import UserError
 
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -84,9 +85,12 @@ class RunFolder:
         target = self.tokenizer_folder / (
             TOKENIZER_NAMES[1] if source.suffix == ".json" else TOKENIZER_NAMES[0]
         )
-        partial = target.with_name(target.name + ".partial")
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
+        beside = {name: source.with_name(name) for name in SIDE_FILES}
+        for copy, original in {target.name: source, **beside}.items():
+            if original.is_file():
+                partial = target.with_name(copy + ".partial")
+                shutil.copyfile(original, partial)
+                os.replace(partial, target.with_name(copy))
 
 
 def _write_whole(path: Path, content: bytes) -> None:
