@@ -105,6 +105,11 @@ class SentencePieceTokenizer(Tokenizer):
             return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in surface]
         return list(self._inner.encode(surface))
 
+    def normalized(self, piece: str) -> str:
+        """`piece` as the model's normalization leaves it, without the space that many put before a text."""
+        text = piece.replace(SPACE_MARK, " ")
+        return str(self._inner.normalize(text)).replace(" ", SPACE_MARK)
+
     @cached_property
     def proto(self) -> sentencepiece_model_pb2.ModelProto:
         """All that the file says."""
