@@ -19,6 +19,7 @@ from megallama.checkpoint.protocol import (
     step_name,
 )
 from megallama.checkpoint.record import INDEX_FILE, DamagedError, Manifest
+from megallama.checkpoint.source import is_checkpoint
 from megallama.host.errors import UserError
 
 
@@ -46,17 +47,21 @@ def latest_checkpoint(
             not be read or is of a newer format.
     """
     ranks = Ranks(group)
-    steps = ranks.first(lambda: _steps(directory))
+    return _newest_intact(directory, ranks.first(lambda: _steps(directory)), log=log, ranks=ranks)
+
+
+def _newest_intact(
+    directory: Path, steps: list[int], *, log: Callable[[str], None], ranks: Ranks
+) -> Path | None:
     damaged = []
     for step in reversed(steps):
         path = directory / step_name(step)
-        shares = ranks.all_of(partial(_problems, path, rank=ranks.rank, size=ranks.size))
-        problems = [problem for share in shares for problem in share]
+        problems = _shared_problems(path, ranks)
         if not problems:
             return path
         damaged.append(path.name)
         if ranks.is_first:
-            log(f"checkpoint {path} is damaged ({'; '.join(dict.fromkeys(problems))}): skipped")
+            log(f"checkpoint {path} is damaged ({'; '.join(problems)}): skipped")
     if damaged:
         raise UserError(
             f"no intact checkpoint in {directory} (damaged: {', '.join(damaged)}): restore one,"
@@ -65,9 +70,52 @@ def latest_checkpoint(
     return None
 
 
+def locate_checkpoint(
+    path: Path, *, log: Callable[[str], None], group: dist.ProcessGroup | None = None
+) -> Path:
+    """The checkpoint that `path` means: itself if it is one, else the newest intact one of that run folder.
+
+    Nothing is changed on disk, for the run may be another's. A checkpoint that is named is not digested here.
+
+    Raises:
+        UserError: there is none, or none is intact.
+    """
+    ranks = Ranks(group)
+    if ranks.first(lambda: is_checkpoint(path)):
+        return path
+    for directory in (path / "checkpoints", path):
+        steps = ranks.first(partial(find_checkpoints, directory))
+        found = _newest_intact(directory, steps, log=log, ranks=ranks)
+        if found is not None:
+            return found
+    raise UserError(f"no checkpoint at {path}: give a step-... directory or the train.run_dir of a run")
+
+
+def intact_checkpoint(
+    path: Path, *, log: Callable[[str], None], group: dist.ProcessGroup | None = None
+) -> Path:
+    """`locate_checkpoint`, and one that is named is digested too; the ranks of `group` share the reading.
+
+    Raises:
+        UserError: there is none that is intact.
+    """
+    ranks = Ranks(group)
+    found = locate_checkpoint(path, log=log, group=group)
+    if found == path:
+        problems = _shared_problems(path, ranks)
+        if problems:
+            raise DamagedError(f"checkpoint {path} is damaged ({'; '.join(problems)}): use another one")
+    return found
+
+
 def _steps(directory: Path) -> list[int]:
     put_back_replaced(directory)
     return find_checkpoints(directory)
+
+
+def _shared_problems(path: Path, ranks: Ranks) -> list[str]:
+    shares = ranks.all_of(partial(_problems, path, rank=ranks.rank, size=ranks.size))
+    return list(dict.fromkeys(problem for share in shares for problem in share))
 
 
 def _problems(path: Path, *, rank: int, size: int) -> list[str]:

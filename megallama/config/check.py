@@ -47,6 +47,7 @@ def check(
     check_token_file: Callable[[str], list[str]],
     read_manifest: Callable[[str], ManifestFacts | None],
     load_tokenizer: Callable[[str], TokenizerFacts],
+    check_weights: Callable[[RunConfig], list[str]] = lambda _: [],
 ) -> list[str]:
     """All problems of a run, each `<What> (<values>): <what to change>`; none: it can start.
 
@@ -56,6 +57,7 @@ def check(
         check_token_file: Problems of the token file at a prefix.
         read_manifest: Manifest of the token file at a prefix, if it has one.
         load_tokenizer: The tokenizer in a file.
+        check_weights: Problems of `train.init_from`, where it is set.
     """
     probes = Probes(
         check_token_file=check_token_file, read_manifest=read_manifest, load_tokenizer=load_tokenizer
@@ -72,6 +74,8 @@ def check(
         problems += rule(config)
     problems += check_files.check_sources(config, probes)
     problems += check_files.check_vocabulary(config, probes)
+    if config.train.init_from is not None:
+        problems += check_weights(config)
     return problems
 
 
@@ -82,6 +86,7 @@ def check_config(
     check_token_file: Callable[[str], list[str]],
     read_manifest: Callable[[str], ManifestFacts | None],
     load_tokenizer: Callable[[str], TokenizerFacts],
+    check_weights: Callable[[RunConfig], list[str]] = lambda _: [],
 ) -> None:
     """Raise once with all problems that `check` finds.
 
@@ -94,6 +99,7 @@ def check_config(
         check_token_file=check_token_file,
         read_manifest=read_manifest,
         load_tokenizer=load_tokenizer,
+        check_weights=check_weights,
     )
     if problems:
         raise ConfigError(problems)

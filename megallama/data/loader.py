@@ -81,6 +81,8 @@ class DataLoader:
         self._is_resetting_positions = is_resetting_positions
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
+        # Sample that step 0 would begin with had every step taken global_batch_size of them.
+        self._origin = 0
 
     @property
     def num_validation_batches(self) -> int:
@@ -90,11 +92,17 @@ class DataLoader:
         in_one_epoch = sum(self._validation.epoch_samples) // self._global_batch_size
         return min(self._validation_batches, max(1, in_one_epoch))
 
+    def resume(self, *, step: int, consumed_samples: int) -> None:
+        """Go on at `step` with the sample after those consumed; the global batch size may have been another."""
+        self._ahead = None
+        self._origin = consumed_samples - step * self._global_batch_size
+
     def batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of step `step`, counted from 0: a pure function of the step.
 
-        The samples of the step are [step x global_batch_size, (step + 1) x global_batch_size); rank r
-        takes the r-th contiguous share. The next step is read in the background meanwhile.
+        The samples of the step are [step x global_batch_size, (step + 1) x global_batch_size), counted on
+        from the consumed ones after `resume`; rank r takes the r-th contiguous share. The next step is read
+        in the background meanwhile.
 
         Raises:
             UserError: a token id that the model does not have.
@@ -103,10 +111,13 @@ class DataLoader:
         try:
             if ahead is not None and ahead[0] == step:
                 return ahead[1].result()
-            return self._read(self._train, step)
+            return self._read(self._train, self._first_sample(step))
         finally:
             if step + 1 < self._last_step:
-                self._ahead = (step + 1, self._thread.submit(self._read, self._train, step + 1))
+                self._ahead = (
+                    step + 1,
+                    self._thread.submit(self._read, self._train, self._first_sample(step + 1)),
+                )
 
     def validation_batches(self) -> list[list[MicroBatch]]:
         """The micro-batches of each validation batch, always the same ones, from the first sample on.
@@ -119,15 +130,19 @@ class DataLoader:
         """
         if self._validation is None:
             return []
-        return [self._read(self._validation, number) for number in range(self.num_validation_batches)]
+        size = self._global_batch_size
+        return [self._read(self._validation, number * size) for number in range(self.num_validation_batches)]
 
     def close(self) -> None:
         """Ends the background reading."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, stream: SampleStream, number: int) -> list[MicroBatch]:
+    def _first_sample(self, step: int) -> int:
+        return self._origin + step * self._global_batch_size
+
+    def _read(self, stream: SampleStream, first_of_step: int) -> list[MicroBatch]:
         share = self._global_batch_size // self._dp_size
-        first = number * self._global_batch_size + self._dp_rank * share
+        first = first_of_step + self._dp_rank * share
         size = share // self._num_micro_batches
         starts = range(first, first + share, size)
         return [self._micro_batch(stream, range(start, start + size)) for start in starts]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import signal
 import time
@@ -17,11 +16,10 @@ import torch
 import torch.distributed as dist
 
 from megallama.checkpoint.boxes import build_boxes
-from megallama.checkpoint.store import load_checkpoint, save_checkpoint
-from megallama.checkpoint.verify import latest_checkpoint
-from megallama.config.check_files import NOT_OF_THE_SHAPE
+from megallama.checkpoint.facts import model_facts
+from megallama.checkpoint.store import save_checkpoint
 from megallama.config.load import to_yaml
-from megallama.config.schema import ModelConfig, RunConfig
+from megallama.config.schema import RunConfig
 from megallama.data.loader import DataLoader
 from megallama.engine.build import Engine
 from megallama.host.errors import UserError
@@ -32,6 +30,7 @@ from megallama.topology.groups import Topology
 from megallama.trainer.hooks import CheckpointHook, EvalHook, GuardHook, Hook, StopHook
 from megallama.trainer.loop import StepEngine, Trainer
 from megallama.trainer.metrics_hook import MetricsHook
+from megallama.trainer.resume import layout_facts, start_run
 from megallama.trainer.run_folder import RunFolder
 from megallama.trainer.state import TrainState
 from megallama.trainer.traffic_hook import MeteredEngine
@@ -84,8 +83,8 @@ def build_trainer(
     environment: LaunchEnvironment,
 ) -> Trainer:
     """The trainer, resumed from the newest checkpoint that verifies, if there is one."""
-    checkpoints = CheckpointStore(config, topology, engine=engine, folder=folder)
-    state = checkpoints.resume()
+    state = start_run(config, topology, engine=engine, loader=loader, folder=folder)
+    checkpoints = CheckpointStore(config, topology, engine=engine, folder=folder, resumed_step=state.step)
     train = config.train
 
     hooks: list[Hook] = []
@@ -115,29 +114,16 @@ def build_trainer(
 
 
 class CheckpointStore:
-    """Saves and restores the engine and the progress of this run."""
+    """Saves the engine and the progress of this run."""
 
-    def __init__(self, config: RunConfig, topology: Topology, *, engine: Engine, folder: RunFolder) -> None:
+    def __init__(
+        self, config: RunConfig, topology: Topology, *, engine: Engine, folder: RunFolder, resumed_step: int
+    ) -> None:
         self._config = config
         self._topology = topology
         self._engine = engine
         self._folder = folder
-        self._saved_step: int | None = None
-
-    def resume(self) -> TrainState:
-        """Load the newest checkpoint that verifies into the engine; a new state where there is none."""
-        group = self._topology.host_group
-        path = latest_checkpoint(self._folder.checkpoints, log=log.warning, group=group)
-        if path is None:
-            return TrainState()
-        stored = load_checkpoint(
-            path, tensors=self._tensors(), model=model_facts(self._config.model), group=group
-        )
-        self._engine.restore(_numbers(stored["engine"]))
-        state = TrainState.from_json(_numbers(stored["progress"]))
-        self._saved_step = state.step
-        log.info("resumed from %s at step %d", path, state.step)
-        return state
+        self._saved_step = resumed_step or None
 
     def save(self, state: TrainState) -> None:
         """Save now, unless this very step is saved already."""
@@ -146,22 +132,17 @@ class CheckpointStore:
         save_checkpoint(
             self._folder.checkpoints,
             step=state.step,
-            tensors=self._tensors(),
-            state={"progress": dict(state.to_json()), "engine": dict(self._engine.counters())},
+            tensors=build_boxes(self._engine.fragments(), self._engine.layout),
+            state={
+                "progress": dict(state.to_json()),
+                "engine": dict(self._engine.counters()),
+                "layout": layout_facts(self._config, self._topology),
+            },
             model=model_facts(self._config.model),
             keep=self._config.checkpoint.keep,
             group=self._topology.host_group,
         )
         self._saved_step = state.step
-
-    def _tensors(self) -> Any:
-        return build_boxes(self._engine.fragments(), self._engine.layout)
-
-
-def model_facts(model: ModelConfig) -> dict[str, Any]:
-    """What must agree for a checkpoint to be of this model."""
-    facts = dataclasses.asdict(model)
-    return {k: getattr(v, "value", v) for k, v in facts.items() if k not in NOT_OF_THE_SHAPE}
 
 
 SAME_REQUEST_S = 2.0
@@ -212,8 +193,3 @@ class LoaderHook(Hook):
     def finish(self, state: TrainState) -> None:
         """Close."""
         self._loader.close()
-
-
-def _numbers(value: Any) -> dict[str, Any]:
-    assert isinstance(value, dict), value
-    return value
