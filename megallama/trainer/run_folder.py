@@ -78,10 +78,13 @@ class RunFolder:
         """Write the configuration, and copy the tokenizer so that the folder is whole without its sources."""
         self.path.mkdir(parents=True, exist_ok=True)
         _write_whole(self.config_file, config_yaml.encode())
-        if tokenizer is None:
-            return
+        if tokenizer is not None:
+            self.copy_tokenizer(tokenizer)
+
+    def copy_tokenizer(self, tokenizer: Path) -> None:
+        """Copy a tokenizer, a file or its folder, with what lies beside it."""
         source = next((f for n in TOKENIZER_NAMES if (f := tokenizer / n).is_file()), tokenizer)
-        self.tokenizer_folder.mkdir(exist_ok=True)
+        self.tokenizer_folder.mkdir(parents=True, exist_ok=True)
         target = self.tokenizer_folder / (
             TOKENIZER_NAMES[1] if source.suffix == ".json" else TOKENIZER_NAMES[0]
         )
