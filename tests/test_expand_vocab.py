@@ -179,7 +179,9 @@ def test_training_goes_on_in_any_layout_first_new_rows_then_all(ground):
         ("dp2", 2, ["zero.stage=2"]),
         ("sharded", 2, ["zero.stage=3"]),
     ):
-        assert max(worst_relative(continued(ground, name, world_size, *partial, *extra), wanted)) < 1e-6, name
+        loss, norm = worst_relative(continued(ground, name, world_size, *partial, *extra), wanted)
+        # The weights come from steps at a high learning rate, where rounding in the gradient weighs more.
+        assert loss < 1e-6 and norm < 5e-6, (name, loss, norm)
         third = dict(CheckpointReader(ground.folder / name / "checkpoints" / "step-00000003").read_all())
         for key, tensor in start.items():
             end = OLD if key in (EMBEDDING, OUTPUT) else len(tensor)
