@@ -81,6 +81,7 @@ class ZeroEngine:
                 mpu=DeepSpeedGroups(topology, shard_group=self.shard_group),
                 dist_init_required=False,
             )
+        self._weight_decays = [group["weight_decay"] for group in self.optimizer.optimizer.param_groups]
         self._num_begun = self._num_ended = 0
         self._watch_backwards()
 
@@ -127,15 +128,16 @@ class ZeroEngine:
         """Switch the stage between training and evaluation."""
         self._engine.train(mode)
 
-    def step(self, lr: float) -> tuple[float, bool]:
-        """Reduce, clip and update with learning rate `lr`.
+    def step(self, lr: float, *, is_decayed: bool = True) -> tuple[float, bool]:
+        """Reduce, clip and update with learning rate `lr`, with weight decay or without.
 
         Returns:
             The global gradient norm before clipping, and whether the update was skipped (fp16 overflow).
         """
         self._check_backwards()
-        for group in self.optimizer.optimizer.param_groups:
+        for group, decay in zip(self.optimizer.optimizer.param_groups, self._weight_decays, strict=True):
             group["lr"] = lr
+            group["weight_decay"] = decay if is_decayed else 0.0
         if self.stage_number == 0:
             self._all_reduce_gradients()
         self._engine.step()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from megallama.data.tokenizer import SIDE_FILES
 from megallama.host.errors import UserError
 
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -77,16 +78,22 @@ class RunFolder:
         """Write the configuration, and copy the tokenizer so that the folder is whole without its sources."""
         self.path.mkdir(parents=True, exist_ok=True)
         _write_whole(self.config_file, config_yaml.encode())
-        if tokenizer is None:
-            return
+        if tokenizer is not None:
+            self.copy_tokenizer(tokenizer)
+
+    def copy_tokenizer(self, tokenizer: Path) -> None:
+        """Copy a tokenizer, a file or its folder, with what lies beside it."""
         source = next((f for n in TOKENIZER_NAMES if (f := tokenizer / n).is_file()), tokenizer)
-        self.tokenizer_folder.mkdir(exist_ok=True)
+        self.tokenizer_folder.mkdir(parents=True, exist_ok=True)
         target = self.tokenizer_folder / (
             TOKENIZER_NAMES[1] if source.suffix == ".json" else TOKENIZER_NAMES[0]
         )
-        partial = target.with_name(target.name + ".partial")
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
+        beside = {name: source.with_name(name) for name in SIDE_FILES}
+        for copy, original in {target.name: source, **beside}.items():
+            if original.is_file():
+                partial = target.with_name(copy + ".partial")
+                shutil.copyfile(original, partial)
+                os.replace(partial, target.with_name(copy))
 
 
 def _write_whole(path: Path, content: bytes) -> None:

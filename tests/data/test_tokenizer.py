@@ -157,7 +157,6 @@ def _without_end(path: Path) -> None:
             "not a readable sentencepiece",
         ),
         ("empty.model", lambda path: path.write_bytes(b""), "not a readable sentencepiece"),
-        ("tiktoken.model", lambda path: path.write_bytes(b"IQ== 0\nIg== 1\n"), "tiktoken"),
         ("damaged.json", lambda path: path.write_text("{"), "not a readable tokenizer.json"),
         ("other.json", lambda path: path.write_text("{}"), "not a readable tokenizer.json"),
         ("words.vocab", lambda path: path.write_text("x"), "unknown kind"),
