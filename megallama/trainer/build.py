@@ -84,12 +84,15 @@ def build_trainer(
     environment: LaunchEnvironment,
 ) -> Trainer:
     """The trainer, resumed from the newest checkpoint that verifies, if there is one."""
-    checkpoints = CheckpointStore(config, topology, engine=engine, folder=folder)
+    checkpoints = CheckpointStore(config, topology, engine=engine, loader=loader, folder=folder)
     state = checkpoints.resume()
+    loader.check_enough()
+    if topology.rank == 0:
+        folder.write_ledger(loader.ledger(state.step))
     train = config.train
 
     hooks: list[Hook] = []
-    if config.data.validation:
+    if loader.num_validation_batches:
         hooks.append(
             EvalHook(engine, loader.validation_batches, interval=config.eval.interval, last_step=train.steps)
         )
@@ -115,12 +118,21 @@ def build_trainer(
 
 
 class CheckpointStore:
-    """Saves and restores the engine and the progress of this run."""
+    """Saves and restores the engine, the progress and the consumed data of this run."""
 
-    def __init__(self, config: RunConfig, topology: Topology, *, engine: Engine, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        *,
+        engine: Engine,
+        loader: DataLoader,
+        folder: RunFolder,
+    ) -> None:
         self._config = config
         self._topology = topology
         self._engine = engine
+        self._loader = loader
         self._folder = folder
         self._saved_step: int | None = None
 
@@ -135,6 +147,9 @@ class CheckpointStore:
         )
         self._engine.restore(_numbers(stored["engine"]))
         state = TrainState.from_json(_numbers(stored["progress"]))
+        if "data" not in stored:
+            log.warning("%s has no record of consumed data: every source begins a new epoch", path)
+        self._loader.resume(stored.get("data"), step=state.step, consumed_samples=state.consumed_samples)
         self._saved_step = state.step
         log.info("resumed from %s at step %d", path, state.step)
         return state
@@ -147,7 +162,11 @@ class CheckpointStore:
             self._folder.checkpoints,
             step=state.step,
             tensors=self._tensors(),
-            state={"progress": dict(state.to_json()), "engine": dict(self._engine.counters())},
+            state={
+                "progress": dict(state.to_json()),
+                "engine": dict(self._engine.counters()),
+                "data": self._loader.ledger(state.step),
+            },
             model=model_facts(self._config.model),
             keep=self._config.checkpoint.keep,
             group=self._topology.host_group,
