@@ -58,7 +58,7 @@ def from_plain(values: Any, *, step: int) -> History:
             ),
         )
         consumed = _plain_used(history, step)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise UserError(
             f"the record of consumed data is damaged ({type(error).__name__}: {error}): go on from another checkpoint"
         ) from error

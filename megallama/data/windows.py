@@ -50,7 +50,9 @@ class Cutting:
 class Windows:
     """The windows of one source under one cutting."""
 
-    def __init__(self, source: TokenSource, cutting: Cutting, *, starts: Callable[[], npt.NDArray[np.int64]]) -> None:
+    def __init__(
+        self, source: TokenSource, cutting: Cutting, *, starts: Callable[[], npt.NDArray[np.int64]]
+    ) -> None:
         """`starts` gives the first token of each window, asked for only where documents are cut."""
         self.source = source
         self._cutting = cutting
