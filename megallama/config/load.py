@@ -160,8 +160,10 @@ def with_absolute_paths(config: RunConfig, *, base: Path) -> RunConfig:
         return [dataclasses.replace(source, path=absolute(source.path)) for source in data]
 
     tokenizer = config.data.tokenizer
-    data = DataConfig(
+    data = dataclasses.replace(
+        config.data,
         sources=sources(config.data.sources),
+        schedule=[dataclasses.replace(mix, sources=sources(mix.sources)) for mix in config.data.schedule],
         validation=sources(config.data.validation),
         tokenizer=absolute(tokenizer) if tokenizer else tokenizer,
     )

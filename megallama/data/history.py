@@ -33,6 +33,8 @@ class MixSource:
     """Share of the samples, relative to the other sources; above 0."""
     num_windows: int
     """Samples of one epoch."""
+    span: tuple[int, int]
+    """The tokens [first, second) of what lies at the path."""
     max_epochs: float | None = None
     """Epochs after which it leaves the mix; None: never."""
 

@@ -11,11 +11,15 @@ from megallama.host.errors import UserError
 
 VERSION = 1
 
+LEDGER_FILE = "data.json"
+"""Its name in a run folder."""
+
 
 def to_plain(history: History, *, step: int) -> dict[str, Any]:
     """Mappings, lists, numbers and text of a history, and what was consumed of each source before `step`."""
     return {
         "version": VERSION,
+        "step": step,
         "paces": [asdict(pace) for pace in history.paces],
         "segments": [
             {
@@ -30,7 +34,7 @@ def to_plain(history: History, *, step: int) -> dict[str, Any]:
     }
 
 
-def from_plain(values: Any, *, step: int) -> History:
+def from_plain(values: Any) -> History:
     """Inverse of `to_plain`.
 
     Raises:
@@ -43,6 +47,7 @@ def from_plain(values: Any, *, step: int) -> History:
             " go on with the megallama that wrote it"
         )
     try:
+        step = values["step"]
         history = History(
             paces=tuple(Pace(**pace) for pace in values["paces"]),
             segments=tuple(
@@ -50,7 +55,10 @@ def from_plain(values: Any, *, step: int) -> History:
                     first_sample=segment["first_sample"],
                     mix=Mix(
                         cutting=Cutting(**segment["cutting"]),
-                        sources=tuple(MixSource(**source) for source in segment["sources"]),
+                        sources=tuple(
+                            MixSource(**{**source, "span": tuple(source["span"])})
+                            for source in segment["sources"]
+                        ),
                     ),
                     used={identity: (epoch, place) for identity, (epoch, place) in segment["used"].items()},
                 )

@@ -97,11 +97,11 @@ class DataLoader:
             # Its order of samples is not ours: every source begins anew.
             before = History(paces=(Pace(step, consumed_samples, self._config.train.global_batch_size),))
         else:
-            before = from_plain(ledger, step=step)
-            if before.first_sample(step) != consumed_samples:
+            before = from_plain(ledger)
+            if (ledger["step"], before.first_sample(step)) != (step, consumed_samples):
                 raise UserError(
-                    f"the record of consumed data ({before.first_sample(step)} samples at step {step}) is not of"
-                    f" this run ({consumed_samples}): go on from another checkpoint"
+                    f"the record of consumed data (step {ledger['step']}, {before.first_sample(step)} samples) is"
+                    f" not of this checkpoint (step {step}, {consumed_samples} samples): go on from another one"
                 )
         self._ahead = None
         self._train = self._continued(before, step=step)

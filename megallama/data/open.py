@@ -43,7 +43,7 @@ def open_data(config: RunConfig) -> RunData:
     problems = [problem for path in paths for problem in check_token_file(path)]
     if problems:
         raise ConfigError(problems)
-    files = {path: [TokenFile(path)] for path in paths}
+    files = {path: open_files(path) for path in paths}
     for path, parts in files.items():
         _check_vocabulary(path, parts, vocab_size=config.model.vocab_size)
     opened = _open_sources(config, files)
@@ -67,6 +67,36 @@ def open_data(config: RunConfig) -> RunData:
         validation=_validation(config, shelf, opened, cutting=cutting),
         eod_id=None if config.data.loss_on_eod else _eod_id(files),
     )
+
+
+def open_files(path: str) -> list[TokenFile]:
+    """The token files of a source, in order.
+
+    Raises:
+        ConfigError: missing or damaged ones.
+    """
+    return [TokenFile(path)]
+
+
+def open_past(history: History, *, index_folder: Path) -> SourceShelf:
+    """All sources that a history names, as long as they are what they were.
+
+    Raises:
+        ConfigError: missing or damaged files.
+        UserError: another content.
+    """
+    opened: dict[str, JoinedSource] = {}
+    for segment in history.segments:
+        for entry in segment.mix.sources:
+            first, end = entry.span
+            source = JoinedSource(entry.path, open_files(entry.path), first=first, end=end)
+            if source.identity != entry.identity:
+                raise UserError(
+                    f"data source {entry.path} has changed since the run was trained on it: put the files of"
+                    " that time back"
+                )
+            opened[entry.identity] = source
+    return SourceShelf(list(opened.values()), index_folder=index_folder)
 
 
 def all_entries(config: RunConfig) -> Iterator[SourceConfig]:

@@ -38,6 +38,7 @@ class TokenSource(Protocol):
     name: str
     identity: str
     num_tokens: int
+    span: tuple[int, int]
 
     def views(self, start: int, count: int) -> Iterator[npt.NDArray[np.integer]]:
         """Tokens [start, start + count), in one part where they lie together."""
@@ -64,6 +65,7 @@ class JoinedSource:
         whole = int(self._ends[-1])
         self._first, self._end = first, whole if end is None else end
         assert 0 <= self._first < self._end <= whole, (first, end, whole)
+        self.span = (self._first, self._end)
         self.num_tokens = self._end - self._first
         parts = [file.identity for file in files]
         if self.num_tokens < whole:

@@ -150,7 +150,12 @@ def build_mix(
             )
         windows = shelf.windows(source.identity, cutting, path=source.name)
         sources[source.identity] = MixSource(
-            source.identity, source.name, weight, num_windows=windows.num_windows, max_epochs=max_epochs
+            source.identity,
+            source.name,
+            weight,
+            num_windows=windows.num_windows,
+            span=source.span,
+            max_epochs=max_epochs,
         )
     if not sources:
         raise UserError(f"no data source with a weight above 0 ({len(entries)} given): set data.sources")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megallama.data.ledger import LEDGER_FILE
 from megallama.host.errors import UserError
 
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -30,7 +31,7 @@ class RunFolder:
     @property
     def ledger_file(self) -> Path:
         """Which sample every step takes, as far as the run was ever planned."""
-        return self.path / "data.json"
+        return self.path / LEDGER_FILE
 
     @property
     def logs(self) -> Path:

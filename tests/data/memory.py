@@ -24,6 +24,7 @@ class Memory:
         self.identity = f"{name}-{len(lengths)}"
         self.lengths = np.array(lengths, dtype=np.int64)
         self.num_tokens = int(self.lengths.sum())
+        self.span = (0, self.num_tokens)
         self._first = first
         self._begins = np.cumsum([0, *lengths[:-1]])
 

@@ -96,6 +96,7 @@ def mixes(draw: Any) -> Mix:
             name,
             draw(st.sampled_from(["here", "moved"])),
             draw(st.sampled_from([1.0, 0.5, 2.0, 7.0, 0.1])),
+            span=(0, 99),
             num_windows=(3 + 5 * "甲乙丙丁戊".index(name)) * 8 // cutting.seq_len,
             max_epochs=draw(st.sampled_from([None, None, None, 0.5, 1.0, 2.5])),
         )
@@ -151,7 +152,7 @@ def test_a_life_is_what_the_definition_says(runs: list[Run]) -> None:
             [drawn_of(history, sample) for sample in history.samples(number)]
         step = ends
         stored = json.loads(json.dumps(to_plain(history, step=step), ensure_ascii=False))
-        history = from_plain(stored, step=step)
+        history = from_plain(stored)
         consumed = {name: tuple(used) for name, used in stored["consumed"].items()}
         assert {s: u for s, u in consumed.items() if u != (0, 0)} == plain.used
     for places in seen.values():
@@ -159,7 +160,7 @@ def test_a_life_is_what_the_definition_says(runs: list[Run]) -> None:
 
 
 def source(name: str, weight: float = 1.0, **options: Any) -> MixSource:
-    return MixSource(name, name, weight, **{"num_windows": 10, **options})
+    return MixSource(name, name, weight, **{"num_windows": 10, "span": (0, 41), **options})
 
 
 def begin(*sources: MixSource, batch: int = 4, seq_len: int = 4) -> History:
@@ -254,13 +255,13 @@ def stored() -> dict[str, Any]:
 )
 def test_a_record_that_is_not_ours_is_refused(path: list[Any], value: Any, message: str) -> None:
     values = stored()
-    assert from_plain(values, step=7).used_before(7) == {"a": (2, 8)}
+    assert from_plain(values).used_before(7) == {"a": (2, 8)}
     inner: Any = values
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
     with pytest.raises(UserError, match=message):
-        from_plain(values, step=7)
+        from_plain(values)
 
 
 def test_a_run_of_an_older_megallama_begins_new_epochs_and_says_what_is_not_known() -> None:
