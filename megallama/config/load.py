@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megallama.config.names import field_types, listing
 from megallama.config.overrides import parse_overrides
-from megallama.config.schema import DataConfig, RunConfig, SourceConfig
+from megallama.config.schema import RunConfig, SourceConfig
 from megallama.config.typed import Problems, build, defaults, plain, type_name
 from megallama.host.errors import ConfigError
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megallama.config.load import load_yaml
 from megallama.data.ledger import LEDGER_FILE, from_plain
 from megallama.data.open import INDEX_FOLDER, open_past
 from megallama.data.source import Place
