@@ -25,7 +25,7 @@ def to_plain(history: History, *, step: int) -> dict[str, Any]:
             {
                 "first_sample": segment.first_sample,
                 "cutting": asdict(segment.mix.cutting),
-                "sources": [asdict(source) for source in segment.mix.sources],
+                "sources": [{**asdict(source), "span": list(source.span)} for source in segment.mix.sources],
                 "used": {identity: list(used) for identity, used in segment.used.items()},
             }
             for segment in history.segments
