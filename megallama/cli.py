@@ -7,7 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megallama.commands import check, checkpoint, expand_vocab, generate, plot, prepare, tokenizer, verify
+from megallama.commands import (
+    check,
+    checkpoint,
+    data,
+    expand_vocab,
+    generate,
+    plot,
+    prepare,
+    tokenizer,
+    verify,
+)
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.log import quiet_libraries
 
@@ -40,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretraining of LLaMA-family models. Training itself: torchrun launch/train.py +exp=...",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (tokenizer, prepare, check, verify, expand_vocab, generate, plot, checkpoint):
+    for command in (tokenizer, prepare, check, verify, expand_vocab, generate, plot, checkpoint, data):
         command.add(commands)
     return parser
 

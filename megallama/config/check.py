@@ -26,6 +26,7 @@ VALUE_RULES: tuple[Rule, ...] = (
     check_layout.check_combinations,
     check_layout.check_recompute,
     check_layout.check_offload,
+    check_files.check_data_schedule,
 )
 
 DIVIDING_RULES: tuple[Rule, ...] = (

@@ -163,6 +163,7 @@ def with_absolute_paths(config: RunConfig, *, base: Path) -> RunConfig:
     data = dataclasses.replace(
         config.data,
         sources=sources(config.data.sources),
+        schedule=[dataclasses.replace(mix, sources=sources(mix.sources)) for mix in config.data.schedule],
         validation=sources(config.data.validation),
         tokenizer=absolute(tokenizer) if tokenizer else tokenizer,
     )

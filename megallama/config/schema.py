@@ -55,6 +55,13 @@ class ContextKind(str, Enum):
     ulysses = "ulysses"
 
 
+class Packing(str, Enum):
+    """What becomes of a document that a sequence has no room for."""
+
+    continued = "continued"
+    cut = "cut"
+
+
 class AttentionKernel(str, Enum):
     """Implementation of core attention."""
 
@@ -243,7 +250,21 @@ class SourceConfig:
     path: str = MISSING
     """Prefix of a `.bin`/`.idx` pair as `megallama prepare` (or Megatron) writes it."""
     weight: float = 1.0
-    """Share of the samples, relative to the other sources."""
+    """Share of the samples, relative to the other sources. 0: none, as if it were not named."""
+    max_epochs: float | None = None
+    """Epochs after which the source leaves the mix, to which the others then keep their proportions. Null: never."""
+    validation_fraction: float = 0.0
+    """Share of the tokens, whole documents at its end, that is kept out of training and evaluated on."""
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Another mix from some step on."""
+
+    from_step: int = MISSING
+    """The first step (from 0) that takes it."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """All sources from there on, written as in `data.sources`; a source that was there before goes on where it was."""
 
 
 @dataclass(frozen=True)
@@ -251,13 +272,23 @@ class DataConfig:
     """What is trained on."""
 
     sources: list[SourceConfig] = field(default_factory=list)
-    """Training data: a list of `{path, weight}`; plain text stands for a path of weight 1."""
+    """Training data: a list of `{path, weight}`; plain text stands for a path of weight 1. It may change between
+    the runs of one run folder: each source goes on where it stopped."""
+    schedule: list[MixConfig] = field(default_factory=list)
+    """Mixes that take over at later steps, in order: a list of `{from_step, sources}`."""
     validation: list[SourceConfig] = field(default_factory=list)
     """Validation data, written likewise; empty: no evaluation."""
     tokenizer: str | None = None
     """Tokenizer file; its vocabulary is checked against model and data. The run folder gets a copy."""
     reset_positions: bool = False
     """Count positions from 0 in every document instead of in every sequence. Attention never crosses a document."""
+    packing: Packing = Packing.continued
+    """What becomes of a document that a sequence has no room for: continued in another sequence, or cut there, so that
+    every sequence begins with a document (the rest is not used)."""
+    loss_on_eod: bool = True
+    """Count the loss of predicting the end-of-document token."""
+    loss_after_eod: bool = True
+    """Count the loss of predicting the first token of the next document, about which the model cannot know anything."""
 
 
 @dataclass(frozen=True)

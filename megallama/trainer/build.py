@@ -84,11 +84,16 @@ def build_trainer(
 ) -> Trainer:
     """The trainer, resumed from the newest checkpoint that verifies, if there is one."""
     state = start_run(config, topology, engine=engine, loader=loader, folder=folder)
-    checkpoints = CheckpointStore(config, topology, engine=engine, folder=folder, resumed_step=state.step)
+    checkpoints = CheckpointStore(
+        config, topology, engine=engine, loader=loader, folder=folder, resumed_step=state.step
+    )
+    loader.check_enough()
+    if topology.rank == 0:
+        folder.write_ledger(loader.ledger(state.step))
     train = config.train
 
     hooks: list[Hook] = []
-    if config.data.validation:
+    if loader.num_validation_batches:
         hooks.append(
             EvalHook(engine, loader.validation_batches, interval=config.eval.interval, last_step=train.steps)
         )
@@ -114,14 +119,22 @@ def build_trainer(
 
 
 class CheckpointStore:
-    """Saves the engine and the progress of this run."""
+    """Saves the engine, the progress and the consumed data of this run."""
 
     def __init__(
-        self, config: RunConfig, topology: Topology, *, engine: Engine, folder: RunFolder, resumed_step: int
+        self,
+        config: RunConfig,
+        topology: Topology,
+        *,
+        engine: Engine,
+        loader: DataLoader,
+        folder: RunFolder,
+        resumed_step: int,
     ) -> None:
         self._config = config
         self._topology = topology
         self._engine = engine
+        self._loader = loader
         self._folder = folder
         self._saved_step = resumed_step or None
 
@@ -137,6 +150,7 @@ class CheckpointStore:
                 "progress": dict(state.to_json()),
                 "engine": dict(self._engine.counters()),
                 "layout": layout_facts(self._config, self._topology),
+                "data": self._loader.ledger(state.step),
             },
             model=model_facts(self._config.model),
             keep=self._config.checkpoint.keep,

@@ -44,9 +44,7 @@ def start_run(
     if path is not None:
         if source is not None:
             log.info("train.init_from (%s) is not used: the run has checkpoints of its own", source)
-        state = _resume(config, topology, engine=engine, path=path)
-        loader.resume(step=state.step, consumed_samples=state.consumed_samples)
-        return state
+        return _resume(config, topology, engine=engine, loader=loader, path=path)
     if source is not None:
         _take_weights(config, topology, engine=engine, source=Path(source))
     return TrainState()
@@ -64,10 +62,15 @@ def layout_facts(config: RunConfig, topology: Topology) -> dict[str, Any]:
     }
 
 
-def _resume(config: RunConfig, topology: Topology, *, engine: Engine, path: Path) -> TrainState:
+def _resume(
+    config: RunConfig, topology: Topology, *, engine: Engine, loader: DataLoader, path: Path
+) -> TrainState:
     group = topology.host_group
     stored = Ranks(group).first(lambda: read_manifest(path).state)
     state, counters = _progress(path, stored), _counters(path, stored)
+    if "data" not in stored:
+        log.warning("%s has no record of consumed data: every source begins a new epoch", path)
+    loader.resume(stored.get("data"), step=state.step, consumed_samples=state.consumed_samples)
     load_checkpoint(
         path,
         tensors=build_boxes(engine.fragments(), engine.layout),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from megallama.data.ledger import LEDGER_FILE
 from megallama.data.tokenizer import SIDE_FILES
 from megallama.host.errors import UserError
 
@@ -26,6 +28,11 @@ class RunFolder:
     def config_file(self) -> Path:
         """The resolved configuration."""
         return self.path / "config.yaml"
+
+    @property
+    def ledger_file(self) -> Path:
+        """Which sample every step takes, as far as the run was ever planned."""
+        return self.path / LEDGER_FILE
 
     @property
     def logs(self) -> Path:
@@ -94,6 +101,19 @@ class RunFolder:
                 partial = target.with_name(copy + ".partial")
                 shutil.copyfile(original, partial)
                 os.replace(partial, target.with_name(copy))
+
+    def write_ledger(self, ledger: dict[str, Any]) -> None:
+        """Write what `megallama data trace` reads.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        try:
+            _write_whole(self.ledger_file, json.dumps(ledger, ensure_ascii=False, indent=1).encode())
+        except OSError as error:
+            raise UserError(
+                f"{self.ledger_file} cannot be written ({error.strerror}): free some space there"
+            ) from error
 
 
 def _write_whole(path: Path, content: bytes) -> None:

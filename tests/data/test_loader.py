@@ -143,7 +143,7 @@ def test_a_stage_without_tokens_still_knows_the_documents(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (whole,) = loader_of(prefix, seq_len=32).batches(0)
-    monkeypatch.setattr(SampleStream, "sample", None)
+    monkeypatch.setattr(SampleStream, "read", None)
     config = config_of(prefix, seq_len=32)
     middle = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1, is_reading_tokens=False)
     (batch,) = middle.batches(0)
@@ -181,7 +181,7 @@ def test_steps_take_the_samples_one_after_another_whatever_the_batch_size(prefix
 
 def test_reading_ahead_happens_and_changes_nothing(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[int, str]] = []
-    plain = SampleStream.sample
+    plain = SampleStream.locate
 
     def watched(self: SampleStream, index: int) -> Any:
         read.append((index, threading.current_thread().name))
@@ -191,7 +191,7 @@ def test_reading_ahead_happens_and_changes_nothing(prefix: str, monkeypatch: pyt
     unwatched = loader_of(prefix)
     expected = [joined(unwatched.batches(step)) for step in range(6)]
     unwatched.close()
-    monkeypatch.setattr(SampleStream, "sample", watched)
+    monkeypatch.setattr(SampleStream, "locate", watched)
     loader = loader_of(prefix, steps=6)
     for step in (0, 1, 2, 5, 3, 3, 4, 5):
         assert torch.equal(joined(loader.batches(step)), expected[step])
