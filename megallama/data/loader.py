@@ -98,9 +98,10 @@ class DataLoader:
             before = History(paces=(Pace(step, consumed_samples, self._config.train.global_batch_size),))
         else:
             before = from_plain(ledger)
-            if (ledger["step"], before.first_sample(step)) != (step, consumed_samples):
+            recorded = ledger["step"], before.first_sample(ledger["step"])
+            if recorded != (step, consumed_samples):
                 raise UserError(
-                    f"the record of consumed data (step {ledger['step']}, {before.first_sample(step)} samples) is"
+                    f"the record of consumed data (step {recorded[0]}, {recorded[1]} samples) is"
                     f" not of this checkpoint (step {step}, {consumed_samples} samples): go on from another one"
                 )
         self._ahead = None
