@@ -46,15 +46,16 @@ def _read_part(fd: int, box: BoxRecord, starts: Ints, target: torch.Tensor, name
         return
     # Many short runs: reads of whole rows, then a copy within memory.
     row_bytes = steps[0] * item_bytes
-    chunk = max(1, ROWS_BYTES // row_bytes)
+    chunk = min(target.shape[0], max(1, ROWS_BYTES // row_bytes))
+    buffered = torch.empty((chunk, *box.shape[1:]), dtype=target.dtype)
     for first in range(0, target.shape[0], chunk):
-        part = target[first : first + chunk]
-        rows = torch.empty((part.shape[0], *box.shape[1:]), dtype=target.dtype)
+        rows_wanted = target[first : first + chunk]
+        rows = buffered[: rows_wanted.shape[0]]
         position = box.position_bytes + (starts[0] + first) * row_bytes
         read_exactly(fd, bytes_of(rows), position=position, name=name)
         for dim in range(1, target.dim()):
             rows = rows.narrow(dim, starts[dim], target.shape[dim])
-        part.copy_(rows)
+        rows_wanted.copy_(rows)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -177,8 +177,8 @@ def check_same_model(config: RunConfig) -> Iterator[str]:
     """Checkpoints in the run folder are of this model, since the run goes on from them."""
     path = Path(config.train.run_dir)
     try:
-        if not any((path / "checkpoints").iterdir()):
-            return
+        if not any((path / "checkpoints").iterdir()) or not (path / "config.yaml").exists():
+            return  # checkpoints alone, copied from elsewhere: loading compares the model
         before = load_yaml(path / "config.yaml").model
     except ConfigError as error:
         yield str(error)
