@@ -69,7 +69,9 @@ def ground(tmp_path_factory):
     for run, extra in (("untied", ["parallel.tp=2"]), ("tied", ["model.tie_embeddings=true"])):
         words = [*made.words(run, vocab_size=OLD), *extra, "train.steps=6", "optim.lr=1e-2"]
         run_job(folder, 2, *words, run_name=run)
-        code = main(["expand-vocab", str(folder / run), str(folder / f"{run}-grown"), "--tokenizer", str(made.new)])
+        code = main(
+            ["expand-vocab", str(folder / run), str(folder / f"{run}-grown"), "--tokenizer", str(made.new)]
+        )
         assert code == 0
     return made
 
@@ -77,7 +79,12 @@ def ground(tmp_path_factory):
 def logits_of(arguments: tuple[Path, int, int, bool]) -> torch.Tensor:
     """This rank's logits over fixed old tokens; runs in a rank."""
     path, vocab_size, tp, is_tied = arguments
-    words = ["model=llama_tiny", "model.num_layers=4", f"model.vocab_size={vocab_size}", "train.run_dir=unused"]
+    words = [
+        "model=llama_tiny",
+        "model.num_layers=4",
+        f"model.vocab_size={vocab_size}",
+        "train.run_dir=unused",
+    ]
     words += [f"model.tie_embeddings={is_tied}", f"parallel.tp={tp}", "precision.dtype=fp32", "train.steps=1"]
     words += ["train.seq_len=32", "train.global_batch_size=2", "optim.lr=1", "data.sources=[]"]
     config = load_config(words)
@@ -165,13 +172,21 @@ def test_the_checkpoint_says_what_it_is(ground):
 
 
 def continued(ground, name, world_size, *extra):
-    words = [*ground.words(name, vocab_size=ground.new_size), f"train.init_from={ground.folder / 'untied-grown'}"]
+    words = [
+        *ground.words(name, vocab_size=ground.new_size),
+        f"train.init_from={ground.folder / 'untied-grown'}",
+    ]
     run_ranks(world_size, train, overrides(ground.folder, *words, *extra, run_name=name))
     return [(line["train/loss"], line["train/grad_norm"]) for line in metrics(ground.folder / name)]
 
 
 def test_training_goes_on_in_any_layout_first_new_rows_then_all(ground):
-    partial = ["optim.partial_steps=3", f"optim.partial_rows_from={OLD}", "checkpoint.interval=3", "checkpoint.keep=0"]
+    partial = [
+        "optim.partial_steps=3",
+        f"optim.partial_rows_from={OLD}",
+        "checkpoint.interval=3",
+        "checkpoint.keep=0",
+    ]
     wanted = continued(ground, "one", 1, *partial)
     start = ground.tensors("untied-grown")
     for name, world_size, extra in (
@@ -209,7 +224,10 @@ def test_what_cannot_be_expanded_is_refused(ground, tmp_path, capsys):
         ([run, out, "--tokenizer", str(ground.new), "--old-tokenizer", str(other)], "has more ids (2900)"),
         ([run, out, "--tokenizer", str(QWEN)], "must keep every old id"),
         ([str(tmp_path), out, "--tokenizer", str(ground.new)], "no checkpoint"),
-        ([run, str(ground.folder / "untied-grown"), "--tokenizer", str(ground.new)], "holds checkpoints already"),
+        (
+            [run, str(ground.folder / "untied-grown"), "--tokenizer", str(ground.new)],
+            "holds checkpoints already",
+        ),
     ]:
         assert main(["expand-vocab", *arguments]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
