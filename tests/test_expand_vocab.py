@@ -14,7 +14,7 @@ from megallama.checkpoint.reader import CheckpointReader
 from megallama.cli import main
 from megallama.config.load import load_config
 from megallama.data.prepare import prepare
-from megallama.data.tokenizer import load_tokenizer
+from megallama.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megallama.data.tokenizer_merge import merge_tokenizers
 from megallama.data.tokenizer_training import train_tokenizer
 from megallama.expand_vocab import expand_vocab
@@ -54,13 +54,21 @@ class Ground:
         return dict(CheckpointReader(path).read_all())
 
 
+def with_space_before(path: Path) -> Path:
+    """Let the model put a space before every text, as LLaMA's does."""
+    proto = SentencePieceTokenizer(path).proto
+    proto.normalizer_spec.add_dummy_prefix = True
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     folder = tmp_path_factory.mktemp("expand")
     corpus = write_corpus(folder / "corpus", files=20)
     book = folder / "三国.txt"
     book.write_text("\n".join(chinese_chapters()[:8]), encoding="utf-8")
-    old = train_tokenizer([corpus], folder / "old", vocab_size=OLD)
+    old = with_space_before(train_tokenizer([corpus], folder / "old", vocab_size=OLD))
     second = train_tokenizer([book], folder / "second", vocab_size=2900)
     merged = merge_tokenizers(old, second, folder / "new", max_pieces=700)
     for name, tokenizer in (("old_data", old), ("new_data", merged.path)):
@@ -126,7 +134,7 @@ def test_old_rows_are_copied_and_new_ones_are_means(ground, run):
         assert torch.equal(grown[:OLD], tensor[:OLD])
         for token in range(OLD, ground.new_size):
             pieces = old.split(new.surface(token))
-            assert len(pieces) > 1
+            assert len(pieces) > 1 and b"".join(map(old.surface, pieces)) == new.surface(token)
             torch.testing.assert_close(grown[token], tensor[pieces].mean(0), rtol=0, atol=1e-6)
         padding = tensor[OLD:].mean(0).expand(len(grown) - ground.new_size, -1)
         torch.testing.assert_close(grown[ground.new_size :], padding, rtol=0, atol=1e-6)

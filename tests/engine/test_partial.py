@@ -30,7 +30,7 @@ LAYOUTS = {
     "tp2 dp2 zero3": (4, ["parallel.tp=2", "zero.stage=3"]),
     "pp2 tied": (2, ["parallel.pp=2", "model.tie_embeddings=true", "zero.stage=2"]),
     "bf16 zero1": (1, ["precision.dtype=bf16"]),
-    "fp16 zero2": (2, ["precision.dtype=fp16", "zero.stage=2"]),
+    "fp16 zero2": (1, ["precision.dtype=fp16", "zero.stage=2"]),
 }
 
 
