@@ -119,7 +119,9 @@ def _own_tokenizer(source: Path) -> Path:
         found = RunFolder(folder).tokenizer_file()
         if found is not None:
             return found
-    raise UserError(f"no tokenizer lies beside {source}: name the tokenizer of the checkpoint with --old-tokenizer")
+    raise UserError(
+        f"no tokenizer lies beside {source}: name the tokenizer of the checkpoint with --old-tokenizer"
+    )
 
 
 def _check_fit(old: Tokenizer, new: Tokenizer, *, vocab_size: int) -> None:
@@ -200,7 +202,9 @@ def _copy_tokenizer(tokenizer: Tokenizer, target: RunFolder) -> Path:
     try:
         target.copy_tokenizer(tokenizer.path)
     except (OSError, shutil.Error) as error:
-        raise UserError(f"tokenizer cannot be copied to {target.tokenizer_folder} ({error}): copy it") from error
+        raise UserError(
+            f"tokenizer cannot be copied to {target.tokenizer_folder} ({error}): copy it"
+        ) from error
     copied = target.tokenizer_file()
     assert copied is not None
     return copied

@@ -1,4 +1,4 @@
-"""Files that tests read out of packages: real tokenizers and real Chinese text (tests/materials.txt, installed by make)."""
+"""Files that tests read out of packages: real tokenizers and real Chinese text. `make setup` installs them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from megallama.checkpoint.reader import CheckpointReader
 from megallama.cli import main
 from megallama.config.load import load_config
 from megallama.data.prepare import prepare
-from megallama.data.tokenizer import load_tokenizer
+from megallama.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megallama.data.tokenizer_merge import merge_tokenizers
 from megallama.data.tokenizer_training import train_tokenizer
 from megallama.expand_vocab import expand_vocab
@@ -54,13 +54,21 @@ class Ground:
         return dict(CheckpointReader(path).read_all())
 
 
+def with_space_before(path: Path) -> Path:
+    """Let the model put a space before every text, as LLaMA's does."""
+    proto = SentencePieceTokenizer(path).proto
+    proto.normalizer_spec.add_dummy_prefix = True
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     folder = tmp_path_factory.mktemp("expand")
     corpus = write_corpus(folder / "corpus", files=20)
     book = folder / "三国.txt"
     book.write_text("\n".join(chinese_chapters()[:8]), encoding="utf-8")
-    old = train_tokenizer([corpus], folder / "old", vocab_size=OLD)
+    old = with_space_before(train_tokenizer([corpus], folder / "old", vocab_size=OLD))
     second = train_tokenizer([book], folder / "second", vocab_size=2900)
     merged = merge_tokenizers(old, second, folder / "new", max_pieces=700)
     for name, tokenizer in (("old_data", old), ("new_data", merged.path)):
@@ -69,7 +77,9 @@ def ground(tmp_path_factory):
     for run, extra in (("untied", ["parallel.tp=2"]), ("tied", ["model.tie_embeddings=true"])):
         words = [*made.words(run, vocab_size=OLD), *extra, "train.steps=6", "optim.lr=1e-2"]
         run_job(folder, 2, *words, run_name=run)
-        code = main(["expand-vocab", str(folder / run), str(folder / f"{run}-grown"), "--tokenizer", str(made.new)])
+        code = main(
+            ["expand-vocab", str(folder / run), str(folder / f"{run}-grown"), "--tokenizer", str(made.new)]
+        )
         assert code == 0
     return made
 
@@ -77,7 +87,12 @@ def ground(tmp_path_factory):
 def logits_of(arguments: tuple[Path, int, int, bool]) -> torch.Tensor:
     """This rank's logits over fixed old tokens; runs in a rank."""
     path, vocab_size, tp, is_tied = arguments
-    words = ["model=llama_tiny", "model.num_layers=4", f"model.vocab_size={vocab_size}", "train.run_dir=unused"]
+    words = [
+        "model=llama_tiny",
+        "model.num_layers=4",
+        f"model.vocab_size={vocab_size}",
+        "train.run_dir=unused",
+    ]
     words += [f"model.tie_embeddings={is_tied}", f"parallel.tp={tp}", "precision.dtype=fp32", "train.steps=1"]
     words += ["train.seq_len=32", "train.global_batch_size=2", "optim.lr=1", "data.sources=[]"]
     config = load_config(words)
@@ -119,7 +134,7 @@ def test_old_rows_are_copied_and_new_ones_are_means(ground, run):
         assert torch.equal(grown[:OLD], tensor[:OLD])
         for token in range(OLD, ground.new_size):
             pieces = old.split(new.surface(token))
-            assert len(pieces) > 1
+            assert len(pieces) > 1 and b"".join(map(old.surface, pieces)) == new.surface(token)
             torch.testing.assert_close(grown[token], tensor[pieces].mean(0), rtol=0, atol=1e-6)
         padding = tensor[OLD:].mean(0).expand(len(grown) - ground.new_size, -1)
         torch.testing.assert_close(grown[ground.new_size :], padding, rtol=0, atol=1e-6)
@@ -165,13 +180,21 @@ def test_the_checkpoint_says_what_it_is(ground):
 
 
 def continued(ground, name, world_size, *extra):
-    words = [*ground.words(name, vocab_size=ground.new_size), f"train.init_from={ground.folder / 'untied-grown'}"]
+    words = [
+        *ground.words(name, vocab_size=ground.new_size),
+        f"train.init_from={ground.folder / 'untied-grown'}",
+    ]
     run_ranks(world_size, train, overrides(ground.folder, *words, *extra, run_name=name))
     return [(line["train/loss"], line["train/grad_norm"]) for line in metrics(ground.folder / name)]
 
 
 def test_training_goes_on_in_any_layout_first_new_rows_then_all(ground):
-    partial = ["optim.partial_steps=3", f"optim.partial_rows_from={OLD}", "checkpoint.interval=3", "checkpoint.keep=0"]
+    partial = [
+        "optim.partial_steps=3",
+        f"optim.partial_rows_from={OLD}",
+        "checkpoint.interval=3",
+        "checkpoint.keep=0",
+    ]
     wanted = continued(ground, "one", 1, *partial)
     start = ground.tensors("untied-grown")
     for name, world_size, extra in (
@@ -209,7 +232,10 @@ def test_what_cannot_be_expanded_is_refused(ground, tmp_path, capsys):
         ([run, out, "--tokenizer", str(ground.new), "--old-tokenizer", str(other)], "has more ids (2900)"),
         ([run, out, "--tokenizer", str(QWEN)], "must keep every old id"),
         ([str(tmp_path), out, "--tokenizer", str(ground.new)], "no checkpoint"),
-        ([run, str(ground.folder / "untied-grown"), "--tokenizer", str(ground.new)], "holds checkpoints already"),
+        (
+            [run, str(ground.folder / "untied-grown"), "--tokenizer", str(ground.new)],
+            "holds checkpoints already",
+        ),
     ]:
         assert main(["expand-vocab", *arguments]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

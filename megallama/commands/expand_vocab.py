@@ -9,11 +9,15 @@ from megallama.commands.parser import Commands
 
 def add(commands: Commands) -> None:
     """Add `megallama expand-vocab` to the command line."""
-    expand = commands.add_parser("expand-vocab", help="give a checkpoint rows for the tokens of a grown tokenizer")
+    expand = commands.add_parser(
+        "expand-vocab", help="give a checkpoint rows for the tokens of a grown tokenizer"
+    )
     expand.add_argument("source", help="checkpoint, or run folder (its newest intact checkpoint)")
     expand.add_argument("output", help="folder that gets checkpoints/ and tokenizer/")
     expand.add_argument("--tokenizer", required=True, help="new tokenizer, which keeps every old id")
-    expand.add_argument("--old-tokenizer", default=None, help="tokenizer of the checkpoint (default: the run's)")
+    expand.add_argument(
+        "--old-tokenizer", default=None, help="tokenizer of the checkpoint (default: the run's)"
+    )
     expand.add_argument(
         "--init",
         choices=["mean", "zeros", "normal"],
@@ -42,4 +46,6 @@ def _expand_vocab(options: argparse.Namespace) -> None:
     print("go on with")
     print(f"  train.init_from={options.output} model.vocab_size={report.new_vocab_size}")
     print(f"  data.tokenizer={report.tokenizer} and data prepared with it")
-    print(f"  to train the new rows first: optim.partial_steps=N optim.partial_rows_from={report.old_vocab_size}")
+    print(
+        f"  to train the new rows first: optim.partial_steps=N optim.partial_rows_from={report.old_vocab_size}"
+    )

@@ -111,7 +111,9 @@ def _merge_tokenizers(options: argparse.Namespace) -> None:
         max_pieces=options.max_pieces,
         scripts=options.script,
     )
-    print(f"wrote {report.path}: {report.old_size:,} ids as before, {report.new_size - report.old_size:,} added")
+    print(
+        f"wrote {report.path}: {report.old_size:,} ids as before, {report.new_size - report.old_size:,} added"
+    )
     for reason, count in report.skipped.items():
         print(f"  left out: {count:,} {reason}")
     if report.unreachable:

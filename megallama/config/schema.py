@@ -237,7 +237,7 @@ class OptimConfig:
     """Steps at the beginning of the run that train `partial_parameters` and the rows from `partial_rows_from` on, and
     nothing else: all other weights stay as they are, to the bit, and weight decay rests. Then everything is trained."""
     partial_parameters: list[str] = field(default_factory=list)
-    """Canonical names of parameters (see docs/checkpoint-format.md), `*` for any part: [embedding.*, output_layer.*]."""
+    """Canonical names of parameters (docs/checkpoint-format.md), `*` for any part: [embedding.*, output_layer.*]."""
     partial_rows_from: int | None = None
     """First token id whose rows of embedding and output layer are trained: the old vocabulary's size after
     `megallama expand-vocab`."""

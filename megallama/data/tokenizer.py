@@ -211,8 +211,9 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             text = surface.decode("utf-8")
         except UnicodeDecodeError:
-            form = (lambda b: _LETTER_OF_BYTE[b]) if self._is_byte_level else (lambda b: f"<0x{b:02X}>")
-            return [self._tokenizer.token_to_id(form(byte)) for byte in surface]
+            names = (_LETTER_OF_BYTE[b] if self._is_byte_level else f"<0x{b:02X}>" for b in surface)
+            found = (self._tokenizer.token_to_id(name) for name in names)
+            return [token for token in found if token is not None]
         # What a file may put before a text stands before the mark, and the mark merges with little.
         for mark in ("\n", "\u2029", "|"):
             before = self.encode(mark)

@@ -100,7 +100,9 @@ def merge_tokenizers(
 def _load(path: str | Path, role: str) -> SentencePieceTokenizer:
     loaded = load_tokenizer(path)
     if not isinstance(loaded, SentencePieceTokenizer):
-        raise UserError(f"{role} tokenizer {path} is no sentencepiece model ({loaded.name}): give a .model file")
+        raise UserError(
+            f"{role} tokenizer {path} is no sentencepiece model ({loaded.name}): give a .model file"
+        )
     return loaded
 
 
@@ -133,7 +135,7 @@ def _choose(
         else:
             chosen.append(piece)
             known.add(piece.piece)
-    # User-defined pieces have no score of their own; they come first. The sort is stable: equal scores keep their order.
+    # User-defined pieces have no score of their own: first. Equal scores keep their order, the sort is stable.
     chosen.sort(key=lambda piece: (piece.type != _Piece.USER_DEFINED, -piece.score))
     return chosen, skipped
 

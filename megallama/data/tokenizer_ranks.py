@@ -79,8 +79,22 @@ def _qwen35(first: int) -> RankFamily:
     words += " vision_start vision_end vision_pad image_pad video_pad"
     names = [f"<|{word}|>" for word in words.split()]
     names += ["<tool_call>", "</tool_call>"]
-    names += [f"<|{w}|>" for w in "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep".split()]
-    names += ["<tool_response>", "</tool_response>", "<think>", "</think>", "<|audio_start|>", "<|audio_end|>"]
+    names += [
+        "<|fim_prefix|>",
+        "<|fim_middle|>",
+        "<|fim_suffix|>",
+        "<|fim_pad|>",
+        "<|repo_name|>",
+        "<|file_sep|>",
+    ]
+    names += [
+        "<tool_response>",
+        "</tool_response>",
+        "<think>",
+        "</think>",
+        "<|audio_start|>",
+        "<|audio_end|>",
+    ]
     names += ["<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>", "<|audio_pad|>"]
     return RankFamily(_QWEN35_PATTERN, _numbered(names, first), names[0], normalization="NFC")
 
@@ -130,7 +144,9 @@ class RankTokenizer(Tokenizer):
                 mergeable_ranks=ranks,
                 special_tokens=family.special_tokens,
             )
-        except Exception as error:  # what its compiled part raises for a bad pattern is a plain ValueError, or worse
+        except (
+            Exception
+        ) as error:  # what its compiled part raises for a bad pattern is a plain ValueError, or worse
             raise UserError(f"tokenizer {path} cannot be used ({error}): mend {RANKS_SIDE_FILE}") from error
         self.vocab_size = max(*self._surfaces, *self._special) + 1
         self.name = f"tiktoken-{self.vocab_size}"

@@ -117,16 +117,16 @@ def test_a_user_symbol_is_one_token(merged: SentencePieceTokenizer) -> None:
     assert [merged.label(i) for i in ids if i >= 32_000 and merged.kind(i) is PieceKind.user] == [SYMBOL]
 
 
-def test_pieces_can_be_limited_by_number_and_script(
-    second: SentencePieceTokenizer, tmp_path: Path
-) -> None:
+def test_pieces_can_be_limited_by_number_and_script(second: SentencePieceTokenizer, tmp_path: Path) -> None:
     report = merge_tokenizers(MISTRAL, second.path, tmp_path, max_pieces=500, scripts=["han"])
     assert report.new_size == 32_500 and report.skipped["beyond max_pieces"] > 0
     loaded = load_tokenizer(report.path)
     for token in range(32_000, 32_500):
         assert set(count_scripts(loaded.surface(token).decode())) - {"none"} == {"han"}
     # The commonest new word of the book is among them.
-    assert len(loaded.split("曹操".encode())) == 1 and len(load_tokenizer(MISTRAL).split("曹操".encode())) == 2
+    assert (
+        len(loaded.split("曹操".encode())) == 1 and len(load_tokenizer(MISTRAL).split("曹操".encode())) == 2
+    )
 
 
 def test_unigram_models_merge_too(book: Path, corpus: Path, tmp_path: Path) -> None:
@@ -140,9 +140,7 @@ def test_unigram_models_merge_too(book: Path, corpus: Path, tmp_path: Path) -> N
     assert len(loaded.encode(line)) < 0.5 * len(old.encode(line))
 
 
-def test_pieces_that_the_first_normalizes_away_are_left_out(
-    book: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_pieces_that_the_first_normalizes_away_are_left_out(book: Path, corpus: Path, tmp_path: Path) -> None:
     one = train_tokenizer([corpus], tmp_path / "one", vocab_size=450, normalization="nfkc")
     two = train_tokenizer([book], tmp_path / "two", vocab_size=4000)
     report = merge_tokenizers(one, two, tmp_path / "both")
