@@ -25,6 +25,7 @@ VALUE_RULES: tuple[Rule, ...] = (
     check_layout.check_combinations,
     check_layout.check_recompute,
     check_layout.check_offload,
+    check_layout.check_accumulation,
 )
 
 DIVIDING_RULES: tuple[Rule, ...] = (
