@@ -154,7 +154,9 @@ def check_accumulation(config: RunConfig) -> Iterator[str]:
         )
     elif zero.accumulate_micro_batches > 1 and zero.stage != 2:
         reason = (
-            "stage 3 holds no room for whole gradients" if zero.stage == 3 else "stages 0 and 1 reduce once a step"
+            "stage 3 holds no room for whole gradients"
+            if zero.stage == 3
+            else "stages 0 and 1 reduce once a step"
         )
         yield (
             f"zero.accumulate_micro_batches ({zero.accumulate_micro_batches}) needs zero.stage=2 (it is {zero.stage}):"
