@@ -27,6 +27,7 @@ VALUE_RULES: tuple[Rule, ...] = (
     check_layout.check_recompute,
     check_layout.check_offload,
     check_files.check_data_schedule,
+    check_layout.check_accumulation,
 )
 
 DIVIDING_RULES: tuple[Rule, ...] = (

@@ -166,6 +166,9 @@ class ZeroConfig:
 
     stage: int = 1
     """0: nothing is sharded. 1: optimizer state. 2: and gradients. 3: and parameters."""
+    accumulate_micro_batches: int = 1
+    """Micro-batches whose gradients a rank sums itself (in fp32) before stage 2 reduces them. Above 1 it divides the
+    traffic of gradients by this, and takes 4 bytes a parameter of the rank, whatever the number."""
     offload: bool = False
     """Keep optimizer state in CPU memory and update there, which frees device memory. Stages 1 and 2."""
 

@@ -208,12 +208,14 @@ def _add_zero(
     if stage == 0:
         traffic["dp_cp", "all_reduce", wide] += elements * wide_item
     elif stage < 3:
-        # ZeRO 2 keeps no gradient of another rank, so it reduces at every micro-batch.
-        times = m if stage == 2 else 1
+        # ZeRO 2 keeps no gradient of another rank, so it reduces at every micro-batch, or as often as it is told.
+        together = config.zero.accumulate_micro_batches
+        times = -(-m // together) if stage == 2 else 1
         traffic["dp_cp", "all_reduce", wide] += elements * wide_item * times
         if stage == 2 and config.model.tie_embeddings and grid.pp > 1 and holding.is_first:
             # The last stage's gradient of the tied weight comes in as one more backward.
-            traffic["dp_cp", "all_reduce", wide] += holding.matrices[-1] * wide_item
+            more = -(-(m + 1) // together) - times
+            traffic["dp_cp", "all_reduce", wide] += holding.matrices[-1] * wide_item * more
         if not is_bf16_optimizer:
             traffic["dp_cp", "all_reduce", wide] += 2 * wide_item  # gradient norm
         alignment = ALIGNMENT * ranks

@@ -110,6 +110,16 @@ RULES: list[tuple[list[str], str]] = [
     (["zero.stage=4"], "zero.stage (4) must be 0, 1, 2 or 3"),
     (["zero.stage=3", "zero.offload=true"], "zero.offload (true) needs zero.stage (3) 1 or 2"),
     (["zero.stage=0", "zero.offload=true"], "zero.offload (true) needs zero.stage (0) 1 or 2"),
+    (["zero.accumulate_micro_batches=2"], "zero.accumulate_micro_batches (2) needs zero.stage=2 (it is 1)"),
+    (["zero.stage=3", "zero.accumulate_micro_batches=2"], "stage 3 holds no room for whole gradients"),
+    (
+        ["zero.stage=2", "zero.accumulate_micro_batches=0"],
+        "zero.accumulate_micro_batches (0) must be at least 1",
+    ),
+    (
+        ["zero.stage=2", "zero.accumulate_micro_batches=999"],
+        "zero.accumulate_micro_batches (999) must be at most",
+    ),
     (["zero.stage=-1"], "zero.stage (-1) must be 0, 1, 2 or 3"),
     (["train.recompute_layers=1"], "train.recompute_layers (1) needs train.recompute=full (it is none)"),
     (["train.recompute=full", "train.recompute_layers=0"], "train.recompute_layers (0) must be"),

@@ -63,6 +63,9 @@ LAYOUTS = [
     "tp=2,dp=2,zero=1,zero.offload=true,precision.dtype=bf16",
     "cp=2,dp=2,zero=2,zero.offload=true,precision.dtype=fp16",
     "pp=2,dp=2,zero=2,zero.offload=true",
+    "dp=2,zero=2,gbs=16,zero.accumulate_micro_batches=3",
+    "pp=2,dp=2,zero=2,ties=true,zero.accumulate_micro_batches=2",
+    "pp=2,vp=2,dp=2,zero=2,zero.accumulate_micro_batches=4,precision.dtype=bf16",
 ]
 
 
