@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.checkpoint.boxes import build_boxes
-from megallama.checkpoint.store import load_checkpoint, save_checkpoint
+from megallama.checkpoint.store import load_checkpoint
 from megallama.checkpoint.verify import latest_checkpoint
 from megallama.config.check_files import NOT_OF_THE_SHAPE
 from megallama.config.load import to_yaml
@@ -33,6 +33,7 @@ from megallama.trainer.hooks import CheckpointHook, EvalHook, GuardHook, Hook, S
 from megallama.trainer.loop import StepEngine, Trainer
 from megallama.trainer.metrics_hook import MetricsHook
 from megallama.trainer.run_folder import RunFolder
+from megallama.trainer.saver import Saver, SaveReportHook
 from megallama.trainer.state import TrainState
 from megallama.trainer.traffic_hook import MeteredEngine
 
@@ -84,11 +85,18 @@ def build_trainer(
     environment: LaunchEnvironment,
 ) -> Trainer:
     """The trainer, resumed from the newest checkpoint that verifies, if there is one."""
-    checkpoints = CheckpointStore(config, topology, engine=engine, folder=folder)
-    state = checkpoints.resume()
+    state = CheckpointStore(config, topology, engine=engine, folder=folder).resume()
     train = config.train
+    saver = Saver(
+        folder.checkpoints,
+        config.checkpoint,
+        topology,
+        engine=engine,
+        model=model_facts(config.model),
+        resumed_step=state.step if state.step > 0 else None,
+    )
 
-    hooks: list[Hook] = []
+    hooks: list[Hook] = [SaveReportHook(saver)]
     if config.data.validation:
         hooks.append(
             EvalHook(engine, loader.validation_batches, interval=config.eval.interval, last_step=train.steps)
@@ -100,8 +108,8 @@ def build_trainer(
     if topology.rank == 0:
         hooks.append(MetricsHook(config, topology, folder=folder, has_wandb_key=environment.has_wandb_key))
     hooks.append(GuardHook())
-    hooks.append(CheckpointHook(checkpoints.save, interval=config.checkpoint.interval, last_step=train.steps))
-    hooks.append(SignalHook(topology, checkpoints))
+    hooks.append(CheckpointHook(saver, interval=config.checkpoint.interval, last_step=train.steps))
+    hooks.append(SignalHook(topology, saver))
     hooks.append(LoaderHook(loader))
     return Trainer(
         stepper,
@@ -115,14 +123,13 @@ def build_trainer(
 
 
 class CheckpointStore:
-    """Saves and restores the engine and the progress of this run."""
+    """Restores the engine and the progress of this run."""
 
     def __init__(self, config: RunConfig, topology: Topology, *, engine: Engine, folder: RunFolder) -> None:
         self._config = config
         self._topology = topology
         self._engine = engine
         self._folder = folder
-        self._saved_step: int | None = None
 
     def resume(self) -> TrainState:
         """Load the newest checkpoint that verifies into the engine; a new state where there is none."""
@@ -135,24 +142,8 @@ class CheckpointStore:
         )
         self._engine.restore(_numbers(stored["engine"]))
         state = TrainState.from_json(_numbers(stored["progress"]))
-        self._saved_step = state.step
         log.info("resumed from %s at step %d", path, state.step)
         return state
-
-    def save(self, state: TrainState) -> None:
-        """Save now, unless this very step is saved already."""
-        if state.step == self._saved_step:
-            return
-        save_checkpoint(
-            self._folder.checkpoints,
-            step=state.step,
-            tensors=self._tensors(),
-            state={"progress": dict(state.to_json()), "engine": dict(self._engine.counters())},
-            model=model_facts(self._config.model),
-            keep=self._config.checkpoint.keep,
-            group=self._topology.host_group,
-        )
-        self._saved_step = state.step
 
     def _tensors(self) -> Any:
         return build_boxes(self._engine.fragments(), self._engine.layout)
@@ -171,8 +162,8 @@ SAME_REQUEST_S = 2.0
 class SignalHook(StopHook):
     """SIGTERM and SIGINT end the run after the step in flight, with a checkpoint; a second one ends it at once."""
 
-    def __init__(self, topology: Topology, checkpoints: CheckpointStore) -> None:
-        super().__init__(self._is_any_rank_asked, checkpoints.save)
+    def __init__(self, topology: Topology, saver: Saver) -> None:
+        super().__init__(self._is_any_rank_asked, saver)
         self._topology = topology
         self._received_s: float | None = None
         self._previous: dict[signal.Signals, Any] = {}

@@ -16,11 +16,28 @@ from megallama.checkpoint.verify import latest_checkpoint
 from tests.checkpoint.synthetic import MODEL, STATE, Layout, boxes_of, wrong_elements
 
 
-def save(directory: Path, layout: Layout, step: int, keep: int = 0, seed: int = 0) -> Path:
+def save(
+    directory: Path,
+    layout: Layout,
+    step: int,
+    keep: int = 0,
+    seed: int = 0,
+    keep_every: int = 0,
+    verified: set[int] | None = None,
+) -> Path:
     """Saves the synthetic state; also without process group."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     boxes = boxes_of(layout, rank, seed=seed)
-    return store.save_checkpoint(directory, step=step, tensors=boxes, state=STATE, model=MODEL, keep=keep)
+    return store.save_checkpoint(
+        directory,
+        step=step,
+        tensors=boxes,
+        state=STATE,
+        model=MODEL,
+        keep=keep,
+        keep_every=keep_every,
+        verified=verified,
+    )
 
 
 def load(path: Path, layout: Layout, seed: int = 0) -> tuple[int, dict[str, Any]]:
@@ -35,6 +52,15 @@ def save_on_rank(directory: Path, layout: Layout, step: int) -> str:
     """`save` on gloo ranks."""
     dist.init_process_group("gloo")
     return str(save(directory, layout, step))
+
+
+def save_keeping_two(directory: Path, layout: Layout) -> set[int]:
+    """Saves steps 1 to 3 on gloo ranks; the steps that were read back."""
+    dist.init_process_group("gloo")
+    verified: set[int] = set()
+    for step in (1, 2, 3):
+        save(directory, layout, step, keep=2, verified=verified)
+    return verified
 
 
 def load_on_rank(path: Path, layout: Layout) -> tuple[int, dict[str, Any]]:
@@ -71,6 +97,7 @@ def save_on_subgroup(directory: Path) -> tuple[str, int]:
 def full_disk_on_rank(directory: Path, layout: Layout, full_rank: int) -> tuple[str, str]:
     """Saves while the disk of one rank fills up in the middle of its file: (type, text) of the error."""
     dist.init_process_group("gloo")
+    storage.WRITE_BYTES = 4096
     if dist.get_rank() == full_rank:
         setattr(storage, "write_all", _fails_after(disk.write_all, calls=5))  # noqa: B010
     return error_of(lambda: save(directory, layout, 2))
@@ -94,7 +121,7 @@ def broken_tensor_on_rank(directory: Path, layout: Layout) -> tuple[str, str]:
         def fail(*_: Any) -> None:
             raise LocalError("device is gone")
 
-        storage._DataFile.append = fail  # type: ignore[assignment, method-assign]
+        storage.DataFile.append = fail  # type: ignore[assignment, method-assign]
     return error_of(lambda: save(directory, layout, 2))
 
 
@@ -127,8 +154,9 @@ MOMENTS = (
 
 
 def _arm(moment: str) -> None:
+    storage.WRITE_BYTES = 4096
     place, name, value = {
-        "before the first byte": (storage._DataFile, "append", _die),
+        "before the first byte": (storage.DataFile, "append", _die),
         "within a data file": (storage, "write_all", _dies_after(disk.write_all, calls=7)),
         "before the index": (storage, "write_file", _die),
         "within the index": (disk, "write_all", _dies_halfway),
