@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megallama.checkpoint import disk, protocol, storage, store
+from megallama.checkpoint.background import BackgroundSaver
+from megallama.checkpoint.boxes import BoxedTensor
 from megallama.checkpoint.verify import latest_checkpoint
 from tests.checkpoint.synthetic import MODEL, STATE, Layout, boxes_of, wrong_elements
 
@@ -63,10 +67,77 @@ def save_keeping_two(directory: Path, layout: Layout) -> set[int]:
     return verified
 
 
-def load_on_rank(path: Path, layout: Layout) -> tuple[int, dict[str, Any]]:
+def load_on_rank(path: Path, layout: Layout, seed: int = 0) -> tuple[int, dict[str, Any]]:
     """`load` on gloo ranks."""
     dist.init_process_group("gloo")
-    return load(path, layout)
+    return load(path, layout, seed=seed)
+
+
+def train_while_saving(directory: Path, layout: Layout) -> tuple[list[int], int]:
+    """Saves steps 1 to 3 with a slow disk: the steps saved, and the all-reduces that ended meanwhile."""
+    dist.init_process_group("gloo")
+    saver = BackgroundSaver(directory, model=MODEL, keep=0, group=dist.new_group(backend="gloo"))
+    write_all = storage.write_all
+
+    def slow(fd: int, data: memoryview) -> None:
+        time.sleep(0.1)
+        write_all(fd, data)
+
+    setattr(storage, "write_all", slow)  # noqa: B010
+    steps, sums = [], 0
+    for step in (1, 2, 3):
+        boxes = boxes_of(layout, dist.get_rank(), seed=step)
+        saver.start(step=step, tensors=boxes, state=STATE)
+        for _ in range(20):
+            number = torch.ones(1)
+            dist.all_reduce(number)
+            sums += int(saver.is_running)
+            assert number.item() == dist.get_world_size()
+        for tensor in boxes.values():
+            for view in tensor.boxes.values():
+                view.zero_()
+        outcome = saver.wait()
+        assert outcome is not None and outcome.problem is None, outcome
+        steps.append(outcome.step)
+    return steps, sums
+
+
+def fill_up_in_background(directory: Path, layout: Layout) -> list[str | None]:
+    """Saves three times; the disk of the last rank is full the second time. How each save ended."""
+    dist.init_process_group("gloo")
+    saver = BackgroundSaver(directory, model=MODEL, keep=0, group=dist.new_group(backend="gloo"))
+    write_all, problems = storage.write_all, []
+    for step in (1, 2, 3):
+        is_full = step == 2 and dist.get_rank() == dist.get_world_size() - 1
+        value = _fails_after(disk.write_all, calls=0) if is_full else write_all
+        setattr(storage, "write_all", value)  # noqa: B010
+        saver.start(step=step, tensors=boxes_of(layout, dist.get_rank()), state=STATE)
+        outcome = saver.wait()
+        assert outcome is not None
+        problems.append(outcome.problem)
+    return problems
+
+
+def grown_bytes_in_background(directory: Path, size_bytes: int) -> tuple[int, int]:
+    """What this process grew by, at most: once the memory for the copy was reserved, and after two saves."""
+    whole = torch.ones(size_bytes // (8 << 20), 2 << 20)
+    boxes = {(row, 0): whole[row : row + 1] for row in range(whole.shape[0])}
+    tensors = {"fp32/w": BoxedTensor("fp32/w", tuple(whole.shape), torch.float32, True, boxes)}
+    saver = BackgroundSaver(directory, model=MODEL, keep=1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is not ours
+    before = _peak_bytes()
+    saver.reserve(tensors)
+    reserved = _peak_bytes()
+    for step in (1, 2):
+        saver.start(step=step, tensors=tensors, state=STATE)
+        assert saver.wait() is not None
+    return reserved - before, _peak_bytes() - before
+
+
+def _peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def latest_on_rank(directory: Path) -> tuple[str, list[str]]:
