@@ -26,7 +26,7 @@ from megallama.host.errors import UserError
 def verify_checkpoint(path: Path) -> list[str]:
     """Everything that is wrong with the checkpoint at `path`, one text a problem. Reads every byte once."""
     try:
-        problems = _problems(path, rank=0, size=1)
+        problems = problems_of_share(path, rank=0, size=1)
         if not problems:
             problems = [f"{name} does not belong to it" for name in extra_files(path, read_manifest(path))]
     except UserError as error:
@@ -114,11 +114,11 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _shared_problems(path: Path, ranks: Ranks) -> list[str]:
-    shares = ranks.all_of(partial(_problems, path, rank=ranks.rank, size=ranks.size))
+    shares = ranks.all_of(partial(problems_of_share, path, rank=ranks.rank, size=ranks.size))
     return list(dict.fromkeys(problem for share in shares for problem in share))
 
 
-def _problems(path: Path, *, rank: int, size: int) -> list[str]:
+def problems_of_share(path: Path, *, rank: int, size: int) -> list[str]:
     """What rank `rank` of `size` finds: rank 0 looks at the index, and all share the data files."""
     try:
         manifest = read_manifest(path)

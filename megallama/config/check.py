@@ -21,6 +21,7 @@ VALUE_RULES: tuple[Rule, ...] = (
     check_values.check_loss_scale,
     check_values.check_schedule,
     check_values.check_partial,
+    check_values.check_keep_every,
     check_values.check_rope,
     check_values.check_seq_len,
     check_layout.check_combinations,

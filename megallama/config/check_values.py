@@ -44,6 +44,7 @@ NOT_NEGATIVE = (
     "optim.partial_steps",
     "checkpoint.interval",
     "checkpoint.keep",
+    "checkpoint.keep_every",
     "eval.interval",
 )
 
@@ -90,6 +91,14 @@ def _floats(value: Any, key: str) -> Iterator[tuple[str, float]]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _floats(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
+
+
+def check_keep_every(config: RunConfig) -> Iterator[str]:
+    """Only steps that are saved can be kept."""
+    interval, every = config.checkpoint.interval, config.checkpoint.keep_every
+    if every > 0 and interval >= 0 and (interval == 0 or every % interval):
+        change = f"use {-(-every // interval) * interval}" if interval else "set checkpoint.interval too"
+        yield f"checkpoint.keep_every ({every}) must be a multiple of checkpoint.interval ({interval}): {change}"
 
 
 def check_ratios(config: RunConfig) -> Iterator[str]:

@@ -302,6 +302,10 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only the final one."""
     keep: int = 2
     """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for good, whatever their age; a multiple of the interval. 0: none."""
+    async_save: bool = True
+    """Write while training goes on, from a copy in host memory; false: training stands still until all is written."""
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,9 @@ def _topology(grid: Grid, rank: int, device: torch.device) -> Topology:
         tp_pp_group=parallel_state.get_model_parallel_group(),
         first_last_group=parallel_state.get_embedding_group(check_initialized=False),
         own_group=dist.new_group([rank], use_local_synchronization=True),
-        # Collectives on host memory (checkpoint plans, agreement on errors); a background save may use it alone.
+        # Collectives on host memory: agreement on errors and stops, loading.
         host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
+        save_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
     )
     for axes, group in (
         (("tp",), topology.tp_group),

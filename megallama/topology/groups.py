@@ -33,6 +33,8 @@ class Topology:
     """This rank alone; ZeRO 0 shards over it, that is, not at all."""
     host_group: dist.ProcessGroup
     """All ranks, gloo, for host memory."""
+    save_group: dist.ProcessGroup
+    """All ranks, gloo, for the thread that saves while training goes on: nothing else may use it."""
 
     @property
     def world_size(self) -> int:

@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 def groups_of(parallel):
     with connect(parallel, environment=read_launch_environment()) as topology:
         axes = ("tp_group", "cp_group", "pp_group", "dp_group", "dp_cp_group", "tp_pp_group")
-        fields = (*axes, "own_group", "host_group")
+        fields = (*axes, "own_group", "host_group", "save_group")
         ranks = {name: sorted(dist.get_process_group_ranks(getattr(topology, name))) for name in fields}
         place = tuple(getattr(topology, f"{axis}_rank") for axis in AXES)
         stage = (topology.is_first_stage, topology.is_last_stage)
@@ -56,6 +56,7 @@ def test_groups_equal_the_grid(world_size, parallel):
             "tp_pp_group": grid.group_of(rank, "tp", "pp"),
             "own_group": [rank],
             "host_group": list(range(world_size)),
+            "save_group": list(range(world_size)),
         }
         replicas = grid.group_of(rank, "dp", "cp")
         assert deepspeed == (
