@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megallama.config.schema import Packing, RunConfig, SourceConfig
 from megallama.data.history import History, Mix
-from megallama.data.prepared import check_token_file
+from megallama.data.prepared import check_token_file, shard_prefixes
 from megallama.data.source import JoinedSource, cut_for_validation
 from megallama.data.stream import SampleStream, SourceShelf, build_mix
 from megallama.data.token_file import TokenFile
@@ -75,7 +75,7 @@ def open_files(path: str) -> list[TokenFile]:
     Raises:
         ConfigError: missing or damaged ones.
     """
-    return [TokenFile(path)]
+    return [TokenFile(prefix) for prefix in shard_prefixes(path)]
 
 
 def open_past(history: History, *, index_folder: Path) -> SourceShelf:

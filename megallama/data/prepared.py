@@ -2,7 +2,8 @@
 
 A prepared dataset is `<prefix>.bin` (token ids), `<prefix>.idx` (megatron-core's index: magic, version,
 dtype code, counts, then length and byte pointer of each sequence, then the first sequence of each
-document) and, where megallama wrote it, `<prefix>.json`.
+document) and, where megallama wrote it, `<prefix>.json`. One that was cut into shards is `<prefix>.json`
+alone, which counts them, beside `<prefix>-00000.bin`, `.idx` and `.json`, `<prefix>-00001.bin` and so on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import hashlib
 import json
 import os
 import struct
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,7 +44,42 @@ class Manifest:
     tokens: int
     bin_bytes: int
     bin_sha256: str
+    """Of the file; of all shards' checksums where there are shards."""
     idx_sha256: str
+    shards: int = 0
+    """Number of token files that this manifest stands for; 0: the one beside it."""
+
+
+def shard_name(prefix: str | Path, number: int) -> str:
+    """Prefix of shard `number`, counted from 0."""
+    return f"{prefix}-{number:05}"
+
+
+def shard_prefixes(prefix: str | Path) -> list[str]:
+    """Prefixes of the token files that `prefix` stands for, in order: its shards, else `prefix` itself.
+
+    Raises:
+        UserError: there is a manifest that cannot be understood.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None or manifest.shards == 0:
+        return [str(prefix)]
+    return [shard_name(prefix, number) for number in range(manifest.shards)]
+
+
+def join_manifests(shards: Sequence[Manifest]) -> Manifest:
+    """The manifest of a dataset that is cut into `shards`."""
+    whole = hashlib.sha256(" ".join(shard.bin_sha256 for shard in shards).encode())
+    index = hashlib.sha256(" ".join(shard.idx_sha256 for shard in shards).encode())
+    return replace(
+        shards[0],
+        documents=sum(shard.documents for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        bin_bytes=sum(shard.bin_bytes for shard in shards),
+        bin_sha256=whole.hexdigest(),
+        idx_sha256=index.hexdigest(),
+        shards=len(shards),
+    )
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
@@ -78,6 +115,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
             " prepare it again or use the megallama that wrote it"
         )
     kinds = {field.name: int if field.type == "int" else str for field in fields(Manifest)}
+    content.setdefault("shards", 0)  # manifests of before there were shards
     wrong = [name for name, kind in kinds.items() if type(content.get(name)) is not kind]
     if wrong:
         raise UserError(f"manifest {path} lacks or garbles {', '.join(wrong)}: {_PREPARE_AGAIN}")
@@ -90,6 +128,12 @@ def check_token_file(prefix: str | Path, *, checksums: bool = False) -> list[str
     Reads a few hundred bytes, so it suits a login node; `checksums` reads everything and compares
     with the manifest.
     """
+    try:
+        manifest = read_manifest(prefix)
+    except UserError as error:
+        return [str(error)]
+    if manifest is not None and manifest.shards:
+        return _check_shards(prefix, manifest, checksums=checksums)
     missing = [suffix for suffix in (".bin", ".idx") if not os.path.isfile(f"{prefix}{suffix}")]
     if missing:
         hint = "prepare it, or correct the path"
@@ -99,7 +143,7 @@ def check_token_file(prefix: str | Path, *, checksums: bool = False) -> list[str
     try:
         problems = _check_index(str(prefix), os.path.getsize(f"{prefix}.bin"))
         if not problems:
-            problems = _check_manifest(str(prefix), checksums=checksums)
+            problems = _check_manifest(str(prefix), manifest, checksums=checksums)
     except OSError as error:
         return [f"token file {prefix} cannot be read ({error.strerror}): check its permissions"]
     return problems
@@ -138,11 +182,22 @@ def _check_index(prefix: str, bin_bytes: int) -> list[str]:
     return []
 
 
-def _check_manifest(prefix: str, *, checksums: bool) -> list[str]:
-    try:
-        manifest = read_manifest(prefix)
-    except UserError as error:
-        return [str(error)]
+def _check_shards(prefix: str | Path, whole: Manifest, *, checksums: bool) -> list[str]:
+    prefixes = [shard_name(prefix, number) for number in range(whole.shards)]
+    problems = [problem for shard in prefixes for problem in check_token_file(shard, checksums=checksums)]
+    if problems:
+        return problems
+    manifests = [read_manifest(shard) for shard in prefixes]
+    found = [manifest for manifest in manifests if manifest is not None]
+    if len(found) < len(prefixes):
+        missing = prefixes[manifests.index(None)]
+        return [f"shard {missing} has no manifest (no .json): {_PREPARE_AGAIN}"]
+    if join_manifests(found) != whole:
+        return [f"the {whole.shards} shards of {prefix} disagree with {prefix}.json: {_PREPARE_AGAIN}"]
+    return []
+
+
+def _check_manifest(prefix: str, manifest: Manifest | None, *, checksums: bool) -> list[str]:
     if manifest is None:
         return []
     with open(f"{prefix}.idx", "rb") as stream:
