@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megallama.checkpoint.store import read_tensors
+from megallama.checkpoint.reader import CheckpointReader
 from megallama.checkpoint.verify import latest_checkpoint
 from megallama.config.load import load_yaml
 from megallama.config.schema import ParallelConfig, RunConfig, ZeroConfig
@@ -88,7 +88,7 @@ def fill_stage(stage: Stage, checkpoint: Path) -> None:
     """Copy canonical master weights into the stage's parameters, one tensor in memory at a time."""
     parameters = dict(stage.module.named_parameters())
     places = {piece.key: (name, piece) for name, pieces in stage.layout.items() for piece in pieces}
-    for key, tensor in read_tensors(checkpoint, prefix="fp32/"):
+    for key, tensor in CheckpointReader(checkpoint, verify="never").read_all():
         name, piece = places.pop(key)
         flat = parameters[name].view(-1)
         flat[piece.start : piece.start + tensor.numel()].copy_(tensor.reshape(-1))

@@ -38,13 +38,18 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_step_name(name: str) -> bool:
+    """Whether a checkpoint may be called so."""
+    match = _STEP.fullmatch(name)
+    return match is not None and name == step_name(int(match[1]))
+
+
 def find_checkpoints(directory: Path) -> list[int]:
     """Steps of the checkpoints in `directory`, ascending; whether they are intact is not looked at."""
     steps = []
     for path in directory.iterdir() if directory.is_dir() else ():
-        match = _STEP.fullmatch(path.name)
-        if match and path.name == step_name(int(match[1])) and path.is_dir():
-            steps.append(int(match[1]))
+        if is_step_name(path.name) and path.is_dir():
+            steps.append(int(path.name.removeprefix("step-")))
     return sorted(steps)
 
 
@@ -89,6 +94,13 @@ def size_problems(path: Path, manifest: Manifest) -> list[str]:
         elif file.stat().st_size != record.size_bytes:
             problems.append(f"{name} has {file.stat().st_size} bytes, the manifest says {record.size_bytes}")
     return problems
+
+
+def check_sizes(path: Path, manifest: Manifest) -> None:
+    """Raise DamagedError where `size_problems` finds any."""
+    problems = size_problems(path, manifest)
+    if problems:
+        raise DamagedError("; ".join(problems))
 
 
 def extra_files(path: Path, manifest: Manifest) -> list[str]:

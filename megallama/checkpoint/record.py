@@ -9,8 +9,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeGuard
 
 import torch
@@ -38,6 +40,15 @@ _CHECKSUM_KEY = b'"checksum"'
 
 class DamagedError(UserError):
     """A checkpoint is not what its writer left: truncated, altered, incomplete, or not a checkpoint."""
+
+
+@contextmanager
+def damage_at(path: Path) -> Iterator[None]:
+    """Adds the checkpoint's path and the remedy to a DamagedError."""
+    try:
+        yield
+    except DamagedError as error:
+        raise DamagedError(f"checkpoint {path} is damaged ({error}): use an older one") from error
 
 
 def new_digest() -> hashlib.blake2b:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megallama.checkpoint.agreement import portable_errors
-from megallama.checkpoint.boxes import Ints
-from megallama.checkpoint.disk import read_exactly, reading, write_all, write_file, writing
+from megallama.checkpoint.disk import reading, write_all, write_file, writing
 from megallama.checkpoint.planner import metadata_of
 from megallama.checkpoint.record import (
     ALIGNMENT_BYTES,
@@ -34,9 +32,8 @@ from megallama.checkpoint.record import (
     encode_index,
     new_digest,
 )
+from megallama.checkpoint.regions import bytes_of, read_region
 
-MIN_RUN_BYTES = 4096
-"""Shorter contiguous runs are not worth a system call each: the rows round them are read whole."""
 _WRITE_BYTES = 8 * 1024 * 1024
 _MIN_THREAD_BYTES = 256 * 1024
 """Handing less than this to the digest thread costs more time than it saves."""
@@ -89,7 +86,7 @@ class BoxWriter(StorageWriter):
         results = []
         path = self.directory / data_file(self.number)
         needed = sum(_padded_bytes(item.tensor_data) for item in plan.items)
-        with writing(path, needed_bytes=needed), _DataFile(path) as file:
+        with writing(path, needed_bytes=needed), DataFile(path) as file:
             for item in plan.items:
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, torch.Tensor)
@@ -112,7 +109,7 @@ class BoxWriter(StorageWriter):
         self.files[INDEX_FILE] = write_file(self.directory / INDEX_FILE, encode_index(tensors))
 
 
-class _DataFile:
+class DataFile:
     """A data file being written: aligned boxes, digested in a second thread while they are written."""
 
     def __init__(self, path: Path) -> None:
@@ -121,14 +118,14 @@ class _DataFile:
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self.hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-digest")
 
-    def __enter__(self) -> _DataFile:
+    def __enter__(self) -> DataFile:
         return self
 
     def append(self, tensor: torch.Tensor) -> int:
         """Adds the bytes of `tensor` and padding; returns where it begins."""
         begin = self.position
         # A box on an accelerator is staged here, one at a time.
-        raw = _bytes_of(tensor.detach().cpu().contiguous())
+        raw = bytes_of(tensor.detach().cpu().contiguous())
         for start in range(0, len(raw), _WRITE_BYTES):
             self._add(raw[start : start + _WRITE_BYTES])
         self._add(memoryview(bytes(-self.position % ALIGNMENT_BYTES)))
@@ -219,60 +216,6 @@ class BoxReader(StorageReader):
         box = self.tensors[index.fqn].boxes[index.index]
         assert box.offset == tuple(index.offset), (box, index)
         return box
-
-
-def read_region(fd: int, box: BoxRecord, *, starts: Ints, target: torch.Tensor, name: str) -> None:
-    """Fills `target` with the part of the stored `box` that begins at `starts` and has target's shape."""
-    if target.device.type == "cpu" and target.is_contiguous():
-        _read_part(fd, box, starts, target, name)
-        return
-    staged = torch.empty(target.shape, dtype=target.dtype)
-    _read_part(fd, box, starts, staged, name)
-    target.copy_(staged)
-
-
-def _read_part(fd: int, box: BoxRecord, starts: Ints, target: torch.Tensor, name: str) -> None:
-    """`read_region` for contiguous host memory."""
-    item_bytes = target.dtype.itemsize
-    steps = [math.prod(box.shape[dim + 1 :]) for dim in range(len(box.shape))]
-    dims = _outer_dims(box.shape, target.shape)
-    run_bytes = math.prod(target.shape[dims:]) * item_bytes
-    if dims == 0 or run_bytes >= MIN_RUN_BYTES:
-        buffer = _bytes_of(target)
-        inner = sum(start * step for start, step in zip(starts[dims:], steps[dims:], strict=True))
-        for number in range(math.prod(target.shape[:dims])):
-            element, rest = inner, number
-            for dim in reversed(range(dims)):
-                rest, index = divmod(rest, target.shape[dim])
-                element += (starts[dim] + index) * steps[dim]
-            part = buffer[number * run_bytes : (number + 1) * run_bytes]
-            read_exactly(fd, part, position=box.position_bytes + element * item_bytes, name=name)
-        return
-    # Many short runs: one read of all rows in question, then a copy within memory.
-    rows = torch.empty((target.shape[0], *box.shape[1:]), dtype=target.dtype)
-    raw = _bytes_of(rows)
-    read_exactly(fd, raw, position=box.position_bytes + starts[0] * steps[0] * item_bytes, name=name)
-    for dim in range(1, target.dim()):
-        rows = rows.narrow(dim, starts[dim], target.shape[dim])
-    target.copy_(rows)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous host tensor."""
-    # A single element counts as contiguous whatever its stride, which view() then refuses.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
-
-
-def _outer_dims(shape: Ints, part: Sequence[int]) -> int:
-    """How many leading dimensions to iterate so that what remains of `part` is contiguous in `shape`."""
-    dims = len(shape)
-    while dims and part[dims - 1] == shape[dims - 1]:
-        dims -= 1
-    # The next dimension may be cut and is still contiguous; beyond it all extents must be 1.
-    dims = max(0, dims - 1)
-    while dims and part[dims - 1] == 1:
-        dims -= 1
-    return dims
 
 
 def _padded_bytes(data: Any) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,27 +16,27 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from megallama.checkpoint.agreement import Ranks, portable
 from megallama.checkpoint.boxes import BoxedTensor
-from megallama.checkpoint.disk import free_bytes, no_space_text, reading
+from megallama.checkpoint.disk import free_bytes, no_space_text
+from megallama.checkpoint.facts import check_model
 from megallama.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
 from megallama.checkpoint.protocol import (
+    check_sizes,
     publish,
     read_index,
     read_manifest,
     remove_old,
-    size_problems,
     start_temporary,
     write_manifest,
 )
 from megallama.checkpoint.record import (
     ALIGNMENT_BYTES,
     JSON,
-    DamagedError,
     Manifest,
     TensorRecord,
-    data_file,
+    damage_at,
     plain_json,
 )
-from megallama.checkpoint.storage import BoxReader, BoxWriter, read_region
+from megallama.checkpoint.storage import BoxReader, BoxWriter
 from megallama.host.errors import UserError
 
 T = TypeVar("T")
@@ -106,68 +105,24 @@ def load_checkpoint(
         DamagedError: it is incomplete.
     """
     ranks = Ranks(group)
-    manifest, index = ranks.everywhere(lambda: _open(path, model, check_sizes=ranks.is_first))
+    manifest, index = ranks.everywhere(lambda: _open(path, model, with_sizes=ranks.is_first))
     reader = BoxReader(path, tensors=index)
-    with torch.no_grad(), _damage_at(path):
+    with torch.no_grad(), damage_at(path):
         _translated(
             lambda: load(dict(tensors), storage_reader=reader, planner=BoxLoadPlanner(), process_group=group)
         )
     return manifest.state
 
 
-def read_tensors(path: Path, *, prefix: str = "fp32/") -> Iterator[tuple[str, torch.Tensor]]:
-    """The whole canonical tensors of one kind, one at a time, as (canonical name, tensor); no process group.
-
-    Raises:
-        UserError: there is no checkpoint at `path`.
-        DamagedError: it is incomplete.
-    """
-    with _damage_at(path):
-        manifest = read_manifest(path)
-        _check_sizes(path, manifest)
-        for key, record in sorted(read_index(path, manifest).items()):
-            if key.startswith(prefix):
-                yield key.removeprefix(prefix), _read_whole(path, record)
-
-
-@contextmanager
-def _damage_at(path: Path) -> Iterator[None]:
-    """Adds the checkpoint's path and the remedy to a DamagedError."""
-    try:
-        yield
-    except DamagedError as error:
-        raise DamagedError(f"checkpoint {path} is damaged ({error}): use an older one") from error
-
-
 def _open(
-    path: Path, model: Mapping[str, JSON], *, check_sizes: bool
+    path: Path, model: Mapping[str, JSON], *, with_sizes: bool
 ) -> tuple[Manifest, dict[str, TensorRecord]]:
-    with _damage_at(path):
+    with damage_at(path):
         manifest = read_manifest(path)
-        if check_sizes:
-            _check_sizes(path, manifest)
-        _check_model(path, manifest.model, plain_json(model, what="model"))
+        if with_sizes:
+            check_sizes(path, manifest)
+        check_model(path, manifest.model, plain_json(model, what="model"))
         return manifest, read_index(path, manifest)
-
-
-def _check_sizes(path: Path, manifest: Manifest) -> None:
-    problems = size_problems(path, manifest)
-    if problems:
-        raise DamagedError("; ".join(problems))
-
-
-def _check_model(path: Path, stored: Mapping[str, JSON], wanted: Mapping[str, JSON]) -> None:
-    absent = "nothing"
-    differences = [
-        f"{key}: {stored.get(key, absent)} there, {wanted.get(key, absent)} here"
-        for key in sorted(stored.keys() | wanted.keys())
-        if stored.get(key, absent) != wanted.get(key, absent)
-    ]
-    if differences:
-        raise UserError(
-            f"checkpoint {path} is of another model ({'; '.join(differences)}):"
-            " set these values as they are there, or choose another train.run_dir"
-        )
 
 
 def _check_space(directory: Path, needed: int) -> None:
@@ -186,18 +141,6 @@ def _check_shared(temporary: Path) -> None:
 def _bytes_to_write(tensors: Mapping[str, BoxedTensor]) -> int:
     boxes = [view for tensor in tensors.values() if tensor.is_owner for view in tensor.boxes.values()]
     return sum(view.nbytes + ALIGNMENT_BYTES + _INDEX_BYTES_PER_BOX for view in boxes)
-
-
-def _read_whole(path: Path, record: TensorRecord) -> torch.Tensor:
-    whole = torch.empty(record.shape, dtype=record.dtype)
-    for number in sorted({box.file for box in record.boxes}):
-        with reading(path / data_file(number)) as fd:
-            for box in record.boxes:
-                if box.file == number:
-                    target = whole[tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape, strict=True))]
-                    starts = (0,) * len(box.shape)
-                    read_region(fd, box, starts=starts, target=target, name=data_file(number))
-    return whole
 
 
 def _translated(function: Callable[[], T]) -> T:

@@ -13,12 +13,13 @@ from megallama.checkpoint.disk import file_problem
 from megallama.checkpoint.protocol import (
     extra_files,
     find_checkpoints,
+    is_step_name,
     put_back_replaced,
     read_index,
     read_manifest,
     step_name,
 )
-from megallama.checkpoint.record import INDEX_FILE, DamagedError, Manifest
+from megallama.checkpoint.record import INDEX_FILE, MANIFEST_FILE, DamagedError, Manifest
 from megallama.host.errors import UserError
 
 
@@ -46,7 +47,12 @@ def latest_checkpoint(
             not be read or is of a newer format.
     """
     ranks = Ranks(group)
-    steps = ranks.first(lambda: _steps(directory))
+    return _newest_intact(directory, ranks.first(lambda: _steps(directory)), log=log, ranks=ranks)
+
+
+def _newest_intact(
+    directory: Path, steps: list[int], *, log: Callable[[str], None], ranks: Ranks
+) -> Path | None:
     damaged = []
     for step in reversed(steps):
         path = directory / step_name(step)
@@ -63,6 +69,27 @@ def latest_checkpoint(
             " or move the directory away to start from the beginning"
         )
     return None
+
+
+def locate_checkpoint(
+    path: Path, *, log: Callable[[str], None], group: dist.ProcessGroup | None = None
+) -> Path:
+    """The checkpoint that `path` means: itself if it is one, else the newest intact one of that run folder.
+
+    Nothing is changed on disk, for the run may be another's. A checkpoint that is named is not digested here.
+
+    Raises:
+        UserError: there is none, or none is intact.
+    """
+    ranks = Ranks(group)
+    if ranks.first(lambda: (path / MANIFEST_FILE).exists() or is_step_name(path.name)):
+        return path
+    for directory in (path / "checkpoints", path):
+        steps = ranks.first(partial(find_checkpoints, directory))
+        found = _newest_intact(directory, steps, log=log, ranks=ranks)
+        if found is not None:
+            return found
+    raise UserError(f"no checkpoint at {path}: give a step-... directory or the train.run_dir of a run")
 
 
 def _steps(directory: Path) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import signal
 import time
@@ -17,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from megallama.checkpoint.boxes import build_boxes
+from megallama.checkpoint.facts import model_facts
 from megallama.checkpoint.store import load_checkpoint, save_checkpoint
 from megallama.checkpoint.verify import latest_checkpoint
-from megallama.config.check_files import NOT_OF_THE_SHAPE
 from megallama.config.load import to_yaml
-from megallama.config.schema import ModelConfig, RunConfig
+from megallama.config.schema import RunConfig
 from megallama.data.loader import DataLoader
 from megallama.engine.build import Engine
 from megallama.host.errors import UserError
@@ -156,12 +155,6 @@ class CheckpointStore:
 
     def _tensors(self) -> Any:
         return build_boxes(self._engine.fragments(), self._engine.layout)
-
-
-def model_facts(model: ModelConfig) -> dict[str, Any]:
-    """What must agree for a checkpoint to be of this model."""
-    facts = dataclasses.asdict(model)
-    return {k: getattr(v, "value", v) for k, v in facts.items() if k not in NOT_OF_THE_SHAPE}
 
 
 SAME_REQUEST_S = 2.0

@@ -94,7 +94,7 @@ def broken_tensor_on_rank(directory: Path, layout: Layout) -> tuple[str, str]:
         def fail(*_: Any) -> None:
             raise LocalError("device is gone")
 
-        storage._DataFile.append = fail  # type: ignore[assignment, method-assign]
+        storage.DataFile.append = fail  # type: ignore[assignment, method-assign]
     return error_of(lambda: save(directory, layout, 2))
 
 
@@ -128,7 +128,7 @@ MOMENTS = (
 
 def _arm(moment: str) -> None:
     place, name, value = {
-        "before the first byte": (storage._DataFile, "append", _die),
+        "before the first byte": (storage.DataFile, "append", _die),
         "within a data file": (storage, "write_all", _dies_after(disk.write_all, calls=7)),
         "before the index": (storage, "write_file", _die),
         "within the index": (disk, "write_all", _dies_halfway),

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from megallama.checkpoint.protocol import find_checkpoints
+from megallama.checkpoint.reader import CheckpointReader
 from megallama.checkpoint.record import DamagedError, decode_index, decode_manifest, new_digest
-from megallama.checkpoint.store import read_tensors
 from megallama.checkpoint.verify import latest_checkpoint, verify_checkpoint
 from megallama.host.errors import UserError
 from tests.checkpoint.ranks_at_work import latest_on_rank, load, load_on_rank, save, save_on_rank
@@ -125,7 +125,7 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(
 def test_loading_reports_damage_without_a_digest(directory: Path) -> None:
     path = directory / "step-00000002"
     truncate(path / "rank-00001.bin")
-    for attempt in (lambda: load(path, Layout(1, 1)), lambda: next(read_tensors(path))):
+    for attempt in (lambda: load(path, Layout(1, 1)), lambda: CheckpointReader(path)):
         with pytest.raises(
             DamagedError, match=r"step-00000002 is damaged \(rank-00001.bin has .*use an older"
         ):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from megallama.checkpoint import disk, storage
+from megallama.checkpoint import disk, regions
 from megallama.checkpoint.agreement import CheckpointError
 from megallama.checkpoint.boxes import BoxedTensor, split_range
 from megallama.checkpoint.protocol import read_index, read_manifest
 from megallama.checkpoint.record import BoxRecord
-from megallama.checkpoint.storage import read_region
-from megallama.checkpoint.store import load_checkpoint, read_tensors, save_checkpoint
+from megallama.checkpoint.regions import read_region
+from megallama.checkpoint.store import load_checkpoint, save_checkpoint
 from megallama.checkpoint.verify import verify_checkpoint
 from megallama.host.errors import UserError
 from tests.checkpoint.ranks_at_work import (
@@ -63,17 +63,6 @@ def test_replicas_are_written_once(tmp_path: Path) -> None:
 def test_a_group_of_some_ranks_saves_and_loads(tmp_path: Path) -> None:
     assert [wrong for _, wrong in run_ranks(3, save_on_subgroup, tmp_path)] == [0, 0, 0]
     assert load(tmp_path / "step-00000001", ONE) == (0, STATE)
-
-
-def test_whole_tensors_without_process_group(saved_by_four: Path) -> None:
-    tensors = dict(read_tensors(saved_by_four))
-    assert sorted(tensors) == sorted(SHAPES)
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, canonical(f"fp32/{name}")), name
-    moments = dict(read_tensors(saved_by_four, prefix="exp_avg/"))
-    assert torch.equal(moments["bias"], canonical("exp_avg/bias"))
-    with pytest.raises(UserError, match="no checkpoint at"):
-        next(read_tensors(saved_by_four.parent / "nothing"))
 
 
 def test_every_bit_pattern_and_dtype_survives(tmp_path: Path) -> None:
@@ -132,7 +121,7 @@ def test_a_reader_of_part_of_a_box_reads_only_its_rows(
         read.append(len(buffer))
         disk.read_exactly(fd, buffer, position=position, name=name)
 
-    monkeypatch.setattr(storage, "read_exactly", counting)
+    monkeypatch.setattr(regions, "read_exactly", counting)
     for part, bytes_read in (((slice(10, 12),), 2 * 16384), ((slice(None), slice(0, 2048)), 64 * 8192)):
         read.clear()
         view = torch.zeros(whole[part].shape)
