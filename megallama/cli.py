@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megallama.commands import check, generate, plot, prepare, tokenizer, verify
+from megallama.commands import check, export_model, generate, import_model, plot, prepare, tokenizer, verify
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.log import quiet_libraries
 
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretraining of LLaMA-family models. Training itself: torchrun launch/train.py +exp=...",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (tokenizer, prepare, check, verify, generate, plot):
+    for command in (tokenizer, prepare, check, verify, generate, plot, import_model, export_model):
         command.add(commands)
     return parser
 

@@ -1,5 +1,4 @@
-"""Biases of queries, keys and values (Qwen2), norms of query and key heads (Qwen3), YaRN: every layout gives the
-numbers of one process."""
+"""What families add (qkv bias, norms of query and key heads, YaRN): every layout gives the numbers of one process."""
 
 import pytest
 

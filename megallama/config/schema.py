@@ -126,13 +126,13 @@ class ModelConfig:
     rope_original_max_seq_len: int = 8192
     """Context the frequencies were made for, in tokens; used by `rope_scaling` llama3, yarn and dynamic."""
     rope_low_freq_factor: float = 1.0
-    """Of `rope_scaling=llama3`: frequencies with fewer turns than this in the original context take the whole factor."""
+    """Of `rope_scaling=llama3`: fewer turns than this in the original context: the whole factor."""
     rope_high_freq_factor: float = 4.0
-    """Of `rope_scaling=llama3`: frequencies with more turns than this in the original context are kept."""
+    """Of `rope_scaling=llama3`: more turns than this in the original context: no change."""
     rope_beta_fast: float = 32.0
-    """Of `rope_scaling=yarn`: channels with more turns than this in the original context are kept."""
+    """Of `rope_scaling=yarn`: more turns than this in the original context: no change."""
     rope_beta_slow: float = 1.0
-    """Of `rope_scaling=yarn`: channels with fewer turns than this take the whole factor."""
+    """Of `rope_scaling=yarn`: fewer turns than this in the original context: the whole factor."""
     rope_attention_factor: float | None = None
     """Of `rope_scaling=yarn`: queries and keys are scaled by this. Null: 0.1 x ln(rope_scaling_factor) + 1."""
     norm_eps: float = 1e-5

@@ -30,8 +30,8 @@ def initialize_parameter(
 ) -> None:
     """Fill a local parameter with its part of the canonical initial weights.
 
-    Norm weights are 1, biases 0; matrices are normal with `init_std`, divided by sqrt(2 x num_layers) where they write to
-    the residual stream (GPT-2's rule, which Megatron-LM and LLaMA reproductions share).
+    Norm weights are 1, biases 0; matrices are normal with `init_std`, divided by sqrt(2 x num_layers) where they
+    write to the residual stream (GPT-2's rule, which Megatron-LM and LLaMA reproductions share).
     """
     flat = parameter.view(-1)
     for piece in pieces:

@@ -70,7 +70,8 @@ RULES: list[tuple[list[str], str]] = [
     ),
     (
         ["model.rope_scaling=dynamic", "model.rope_scaling_factor=8"],
-        "model.rope_original_max_seq_len (8192) must not exceed model.max_seq_len (512) with model.rope_scaling=dynamic",
+        "model.rope_original_max_seq_len (8192) must not exceed model.max_seq_len (512) with"
+        " model.rope_scaling=dynamic",
     ),
     (
         ["model.rope_scaling=linear", "model.rope_scaling_factor=2", "model.rope_attention_factor=1.5"],
