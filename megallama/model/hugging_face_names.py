@@ -40,12 +40,12 @@ def canonical_tensors(model: ModelConfig) -> dict[str, Made]:
     for layer in range(model.num_layers):
         ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
         whole = {
-            "input_layernorm.weight": ("input_layernorm.weight", (hidden,)),
+            "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight", (hidden,)),
             "self_attention.linear_proj.weight": (
                 "self_attn.o_proj.weight",
                 (hidden, model.num_heads * width),
             ),
-            "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight", (hidden,)),
+            "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight", (hidden,)),
             "mlp.linear_fc1.weight_w": ("mlp.gate_proj.weight", (ffn, hidden)),
             "mlp.linear_fc1.weight_v": ("mlp.up_proj.weight", (ffn, hidden)),
             "mlp.linear_fc2.weight": ("mlp.down_proj.weight", (hidden, ffn)),

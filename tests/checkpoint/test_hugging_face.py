@@ -221,7 +221,7 @@ def damage_pickle(folder):
 
 
 DAMAGE = {
-    "missing shard": (lambda f: (f / "model-00002-of-00004.safetensors").unlink(), "00002-of-00004.safetensors is missing"),
+    "missing shard": (lambda f: (f / "model-00002-of-00004.safetensors").unlink(), "00004.safetensors is missing"),
     "truncated": (damage_truncate, "00002-of-00004.safetensors is damaged"),
     "empty": (lambda f: (f / "model-00002-of-00004.safetensors").write_bytes(b""), "is damaged (0 bytes"),
     "header": (damage_header, "00002-of-00004.safetensors is damaged"),
@@ -236,7 +236,7 @@ DAMAGE = {
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded") / "model"
-    make_model("llama2", folder, max_shard_size="220KB")
+    make_model("llama2", folder, max_shard_size="150KB")
     assert len(list(folder.glob("model-*-of-00004.safetensors"))) == 4
     return folder
 
