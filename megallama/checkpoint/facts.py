@@ -8,7 +8,7 @@ from pathlib import Path
 from megallama.checkpoint.record import JSON
 from megallama.config.check_files import NOT_OF_THE_SHAPE
 from megallama.config.schema import ModelConfig
-from megallama.config.typed import Problems, build, plain
+from megallama.config.typed import Problems, build, defaults, plain
 from megallama.host.errors import UserError
 
 
@@ -41,8 +41,10 @@ def model_of_facts(facts: Mapping[str, JSON], *, name: str, max_seq_len: int) ->
 
 
 def model_differences(stored: Mapping[str, JSON], wanted: Mapping[str, JSON]) -> list[str]:
-    """One text a fact that differs, by name."""
+    """One text a fact that differs, by name. A fact of a later version stands at its default in an older checkpoint."""
     absent = "nothing"
+    usual = {key: value for key, value in defaults(ModelConfig).items() if value != "???" and key in wanted}
+    stored = {**usual, **stored}
     return [
         f"{key}: {stored.get(key, absent)} there, {wanted.get(key, absent)} here"
         for key in sorted(stored.keys() | wanted.keys())
