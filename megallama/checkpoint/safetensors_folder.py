@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from megallama.checkpoint.boxes import Ints
 from megallama.checkpoint.disk import write_all, writing
+from megallama.checkpoint.storage import bytes_of
 from megallama.host.errors import UserError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
