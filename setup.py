@@ -20,6 +20,8 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
         "sentencepiece>=0.2.0",
+        "protobuf>=5",  # reads and writes what a sentencepiece file says
+        "tiktoken>=0.12",
         "tokenizers>=0.21",
         "safetensors>=0.5",
         "numpy>=1.26",

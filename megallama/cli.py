@@ -7,7 +7,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megallama.commands import check, export_model, generate, import_model, plot, prepare, tokenizer, verify
+from megallama.commands import (
+    check,
+    checkpoint,
+    data,
+    expand_vocab,
+    export_model,
+    generate,
+    import_model,
+    plot,
+    prepare,
+    tokenizer,
+    verify,
+)
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.log import quiet_libraries
 
@@ -15,7 +27,8 @@ from megallama.host.log import quiet_libraries
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    0, 1 where `verify` found a difference, 2 for something that the user can mend, 130 for ctrl-c.
+    0, 1 where a command looked for differences or damage and found some, 2 for something that the user can mend,
+    130 for ctrl-c.
     """
     options = _parser().parse_args(arguments)
     quiet_libraries()
@@ -39,7 +52,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretraining of LLaMA-family models. Training itself: torchrun launch/train.py +exp=...",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (tokenizer, prepare, check, verify, generate, plot, import_model, export_model):
+    for command in (
+        tokenizer,
+        prepare,
+        check,
+        verify,
+        expand_vocab,
+        generate,
+        plot,
+        checkpoint,
+        data,
+        import_model,
+        export_model,
+    ):
         command.add(commands)
     return parser
 

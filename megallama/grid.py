@@ -1,4 +1,4 @@
-"""Arithmetic of the rank grid: sizes to coordinates, groups, pipeline neighbours, layers, micro-batches.
+"""Arithmetic of the rank grid: sizes to coordinates, groups, layers, micro-batches.
 
 Plain integers, no imports: a layout can be planned and checked without a process. Ranks are laid out
 as megatron-core's default order "tp-cp-ep-dp-pp": tp varies fastest, pp slowest; `topology` asserts
@@ -60,13 +60,6 @@ class Grid:
             rank, place[axis] = divmod(rank, getattr(self, axis))
         return Coordinates(**place)
 
-    def rank_of(self, place: Coordinates) -> int:
-        """The rank at `place`; inverse of `coordinates`."""
-        rank = 0
-        for axis in reversed(AXES):
-            rank = rank * getattr(self, axis) + getattr(place, axis)
-        return rank
-
     def groups(self, *axes: str) -> list[list[int]]:
         """Ranks that differ only along `axes`, one list a group, ascending; `groups("dp", "cp")` is the joint axis."""
         by_rest: dict[tuple[int, ...], list[int]] = {}
@@ -79,14 +72,6 @@ class Grid:
     def group_of(self, rank: int, *axes: str) -> list[int]:
         """The group of `groups(*axes)` that holds `rank`."""
         return next(group for group in self.groups(*axes) if rank in group)
-
-    def pipeline_neighbours(self, rank: int) -> tuple[int | None, int | None]:
-        """(previous, next) rank of the pipeline; None beyond the first and last stage."""
-        place = self.coordinates(rank)
-        stages = self.group_of(rank, "pp")
-        before = stages[place.pp - 1] if place.pp > 0 else None
-        after = stages[place.pp + 1] if place.pp + 1 < self.pp else None
-        return before, after
 
 
 def split_layers(num_layers: int, num_stages: int) -> list[int]:

@@ -1,4 +1,7 @@
-"""The checks of a run with everything that they look at: files, tokenizer, run folder. No torch, so it is instant."""
+"""The checks of a run with everything that they look at: files, tokenizer, run folder.
+
+No torch, so it is instant; `train.init_from` alone needs it.
+"""
 
 from __future__ import annotations
 
@@ -26,4 +29,14 @@ def check_run(config: RunConfig, *, world_size: int | None) -> None:
         check_token_file=check_token_file,
         read_manifest=read_manifest,
         load_tokenizer=lambda path: load_tokenizer(Path(path)),
+        check_weights=_check_weights,
     )
+
+
+def _check_weights(config: RunConfig) -> list[str]:
+    # Imported here: it needs torch, which a run that starts from random weights need not wait for.
+    from megallama.checkpoint.source import source_problems
+
+    path = str(config.train.init_from)
+    own = Path(config.train.run_dir) / "checkpoints"
+    return source_problems(Path(path), model=config.model, own=own)

@@ -183,7 +183,7 @@ def test_every_field_is_read():
     [
         ("megallama/engine/learning_rate.py", {"OptimConfig.warmup_steps", "OptimConfig.min_lr_ratio"}),
         ("megallama/model/rope.py", {"ModelConfig.rope_theta", "ModelConfig.rope_scaling"}),
-        ("megallama/data/loader.py", {"SourceConfig.path", "SourceConfig.weight", "EvalConfig.batches"}),
+        ("megallama/data/open.py", {"SourceConfig.path", "SourceConfig.weight", "MixConfig.from_step"}),
         ("megallama/metrics/recorder.py", {"LogConfig.wandb_project", "LogConfig.tensorboard"}),
     ],
 )

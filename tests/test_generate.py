@@ -101,7 +101,9 @@ def test_the_export_generates_the_same_in_transformers(run_dir, tmp_path, capsys
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     capsys.readouterr()
     for prompt in ("春天来了，花", "for i", "print(i)\n春"):
-        text = output_of(capsys, run_dir, "--prompt", prompt, "--temperature", "0", "--max-new-tokens", "20")[1]
+        text = output_of(capsys, run_dir, "--prompt", prompt, "--temperature", "0", "--max-new-tokens", "20")[
+            1
+        ]
         with open_run(run_dir) as (config, stage, ours):
             ids = ours.encode(prompt)
             new = continue_tokens(

@@ -40,6 +40,11 @@ LAYOUTS = {
         [PP2, VP2, TIED, "parallel.tp=2", "zero.stage=1", "zero.offload=true"],
     ),
     "dp2 pp2 tied zero2 offload": (4, [PP2, TIED, "zero.stage=2", "zero.offload=true"]),
+    "dp2 pp2 vp2 zero2 offload": (4, [PP2, VP2, "zero.stage=2", "zero.offload=true"]),
+    "dp2 pp2 vp2 tied zero2 reduced seldom": (
+        4,
+        [PP2, VP2, TIED, "zero.stage=2", "zero.accumulate_micro_batches=3"],
+    ),
     "pp2 zero3": (2, [PP2, "zero.stage=3"]),
     "dp2 pp2 zero3": (4, [PP2, "zero.stage=3"]),
     "dp2 pp2 vp2 tied zero3": (4, [PP2, VP2, TIED, "zero.stage=3"]),

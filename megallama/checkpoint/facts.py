@@ -58,5 +58,5 @@ def check_model(path: Path, stored: Mapping[str, JSON], wanted: Mapping[str, JSO
     if differences:
         raise UserError(
             f"checkpoint {path} is of another model ({'; '.join(differences)}):"
-            " set these values as they are there, or choose another train.run_dir"
+            " set these values as they are there, or choose another checkpoint"
         )

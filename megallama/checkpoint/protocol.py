@@ -1,4 +1,4 @@
-"""The directory of checkpoints: names, complete-or-absent publishing, retention, recovery from crashes.
+"""The directory of checkpoints: names, complete-or-absent publishing, removal, recovery from crashes.
 
 A checkpoint is written under a temporary name and renamed once every byte is on the disk, so a directory
 with a final name was complete when it got it. Only rank 0 changes names.
@@ -154,23 +154,11 @@ def publish(temporary: Path, *, step: int) -> Path:
     return path
 
 
-def remove_old(directory: Path, *, step: int, keep: int) -> None:
-    """Keeps the checkpoint of `step` and the complete ones before it, `keep` in all; removes what is older.
-
-    Later steps (of a run that went back) and damaged ones among the kept neither count nor go. 0 keeps all.
-    """
-    if keep == 0:
-        return
-    kept = 0
-    for older in sorted((s for s in find_checkpoints(directory) if s <= step), reverse=True):
-        path = directory / step_name(older)
-        if kept < keep:
-            kept += older == step or is_complete(path)
-            continue
-        # Under a temporary name first: a half-removed checkpoint must not look like a damaged one.
-        doomed = directory / f".tmp-{path.name}-{secrets.token_hex(4)}"
-        os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+def remove(path: Path) -> None:
+    """Removes the checkpoint at `path`, so that half of one never bears its name."""
+    doomed = path.parent / f".tmp-{path.name}-{secrets.token_hex(4)}"
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def is_complete(path: Path) -> bool:

@@ -13,6 +13,8 @@ from megallama.checkpoint.record import BoxRecord
 
 MIN_RUN_BYTES = 4096
 """Shorter contiguous runs are not worth a system call each: the rows round them are read whole."""
+ROWS_BYTES = 8 * 1024 * 1024
+"""Most of such rows in memory at a time, unless one row is larger: a stored box may be as large as its tensor."""
 
 
 def read_region(fd: int, box: BoxRecord, *, starts: Ints, target: torch.Tensor, name: str) -> None:
@@ -42,13 +44,18 @@ def _read_part(fd: int, box: BoxRecord, starts: Ints, target: torch.Tensor, name
             part = buffer[number * run_bytes : (number + 1) * run_bytes]
             read_exactly(fd, part, position=box.position_bytes + element * item_bytes, name=name)
         return
-    # Many short runs: one read of all rows in question, then a copy within memory.
-    rows = torch.empty((target.shape[0], *box.shape[1:]), dtype=target.dtype)
-    raw = bytes_of(rows)
-    read_exactly(fd, raw, position=box.position_bytes + starts[0] * steps[0] * item_bytes, name=name)
-    for dim in range(1, target.dim()):
-        rows = rows.narrow(dim, starts[dim], target.shape[dim])
-    target.copy_(rows)
+    # Many short runs: reads of whole rows, then a copy within memory.
+    row_bytes = steps[0] * item_bytes
+    chunk = min(target.shape[0], max(1, ROWS_BYTES // row_bytes))
+    buffered = torch.empty((chunk, *box.shape[1:]), dtype=target.dtype)
+    for first in range(0, target.shape[0], chunk):
+        rows_wanted = target[first : first + chunk]
+        rows = buffered[: rows_wanted.shape[0]]
+        position = box.position_bytes + (starts[0] + first) * row_bytes
+        read_exactly(fd, bytes_of(rows), position=position, name=name)
+        for dim in range(1, target.dim()):
+            rows = rows.narrow(dim, starts[dim], target.shape[dim])
+        rows_wanted.copy_(rows)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

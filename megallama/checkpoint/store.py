@@ -24,7 +24,6 @@ from megallama.checkpoint.protocol import (
     publish,
     read_index,
     read_manifest,
-    remove_old,
     start_temporary,
     write_manifest,
 )
@@ -36,6 +35,7 @@ from megallama.checkpoint.record import (
     damage_at,
     plain_json,
 )
+from megallama.checkpoint.retention import remove_old
 from megallama.checkpoint.storage import BoxReader, BoxWriter
 from megallama.host.errors import UserError
 
@@ -53,9 +53,11 @@ def save_checkpoint(
     state: Mapping[str, JSON],
     model: Mapping[str, JSON],
     keep: int,
+    keep_every: int = 0,
+    verified: set[int] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Writes the checkpoint of `step` into `directory`, then removes all but the newest `keep` (0: none).
+    """Writes the checkpoint of `step` into `directory`, then removes old ones (`retention.remove_old`).
 
     Called by every rank of `group` (default: all ranks; one process without torch.distributed). `state` and
     `model` are taken from rank 0. On return the checkpoint is complete and on the disk; on an error, which
@@ -73,9 +75,10 @@ def save_checkpoint(
     temporary = ranks.first(lambda: start_temporary(directory, step=step))
     try:
         ranks.everywhere(lambda: _check_shared(temporary))
-        writer = BoxWriter(temporary)
+        writer = BoxWriter(temporary, world_size=ranks.size)
         _translated(
-            lambda: save(dict(tensors), storage_writer=writer, planner=BoxSavePlanner(), process_group=group)
+            lambda: save(dict(tensors), storage_writer=writer, planner=BoxSavePlanner(), process_group=group),
+            ranks,
         )
         files = {name: record for part in ranks.gather(writer.files) for name, record in part.items()}
         manifest = Manifest(step, *facts, files)
@@ -85,7 +88,9 @@ def save_checkpoint(
         if ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    ranks.first(lambda: remove_old(directory, step=step, keep=keep))
+    known = set() if verified is None else verified
+    known.discard(step)
+    remove_old(directory, step=step, keep=keep, keep_every=keep_every, verified=known, ranks=ranks)
     return path
 
 
@@ -94,11 +99,13 @@ def load_checkpoint(
     *,
     tensors: Mapping[str, BoxedTensor],
     model: Mapping[str, JSON],
+    kind: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, JSON]:
     """Fills the boxes of `tensors` in place from the checkpoint at `path` and returns its state.
 
     The layout of the saving run does not matter. Contents are not digested: `latest_checkpoint` does that.
+    Only tensors of one `kind` (`fp32`) are filled if it is given; the checkpoint may then lack the others.
 
     Raises:
         UserError: the checkpoint is of another model (with the differing keys), or cannot be read.
@@ -106,10 +113,14 @@ def load_checkpoint(
     """
     ranks = Ranks(group)
     manifest, index = ranks.everywhere(lambda: _open(path, model, with_sizes=ranks.is_first))
+    if kind is not None:
+        index = {key: record for key, record in index.items() if key.startswith(f"{kind}/")}
+        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{kind}/")}
     reader = BoxReader(path, tensors=index)
     with torch.no_grad(), damage_at(path):
         _translated(
-            lambda: load(dict(tensors), storage_reader=reader, planner=BoxLoadPlanner(), process_group=group)
+            lambda: load(dict(tensors), storage_reader=reader, planner=BoxLoadPlanner(), process_group=group),
+            ranks,
         )
     return manifest.state
 
@@ -143,11 +154,14 @@ def _bytes_to_write(tensors: Mapping[str, BoxedTensor]) -> int:
     return sum(view.nbytes + ALIGNMENT_BYTES + _INDEX_BYTES_PER_BOX for view in boxes)
 
 
-def _translated(function: Callable[[], T]) -> T:
+def _translated(function: Callable[[], T], ranks: Ranks) -> T:
     """Runs a call of torch.distributed.checkpoint; its failure (a BaseException) becomes an error of ours."""
     try:
+        if ranks.is_distributed:
+            return function()
         with warnings.catch_warnings():
-            # One process without a process group is a supported way to work, not a mistake.
+            # One process without a process group is a supported way to work, not a mistake. Filters are of
+            # the whole process, so a background save, which has a group, must not touch them.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
             return function()
     except CheckpointException as failure:

@@ -13,20 +13,20 @@ from megallama.checkpoint.disk import file_problem
 from megallama.checkpoint.protocol import (
     extra_files,
     find_checkpoints,
-    is_step_name,
     put_back_replaced,
     read_index,
     read_manifest,
     step_name,
 )
-from megallama.checkpoint.record import INDEX_FILE, MANIFEST_FILE, DamagedError, Manifest
+from megallama.checkpoint.record import INDEX_FILE, DamagedError, Manifest
+from megallama.checkpoint.source import is_checkpoint
 from megallama.host.errors import UserError
 
 
 def verify_checkpoint(path: Path) -> list[str]:
     """Everything that is wrong with the checkpoint at `path`, one text a problem. Reads every byte once."""
     try:
-        problems = _problems(path, rank=0, size=1)
+        problems = problems_of_share(path, rank=0, size=1)
         if not problems:
             problems = [f"{name} does not belong to it" for name in extra_files(path, read_manifest(path))]
     except UserError as error:
@@ -56,13 +56,12 @@ def _newest_intact(
     damaged = []
     for step in reversed(steps):
         path = directory / step_name(step)
-        shares = ranks.all_of(partial(_problems, path, rank=ranks.rank, size=ranks.size))
-        problems = [problem for share in shares for problem in share]
+        problems = _shared_problems(path, ranks)
         if not problems:
             return path
         damaged.append(path.name)
         if ranks.is_first:
-            log(f"checkpoint {path} is damaged ({'; '.join(dict.fromkeys(problems))}): skipped")
+            log(f"checkpoint {path} is damaged ({'; '.join(problems)}): skipped")
     if damaged:
         raise UserError(
             f"no intact checkpoint in {directory} (damaged: {', '.join(damaged)}): restore one,"
@@ -82,7 +81,7 @@ def locate_checkpoint(
         UserError: there is none, or none is intact.
     """
     ranks = Ranks(group)
-    if ranks.first(lambda: (path / MANIFEST_FILE).exists() or is_step_name(path.name)):
+    if ranks.first(lambda: is_checkpoint(path)):
         return path
     for directory in (path / "checkpoints", path):
         steps = ranks.first(partial(find_checkpoints, directory))
@@ -92,12 +91,34 @@ def locate_checkpoint(
     raise UserError(f"no checkpoint at {path}: give a step-... directory or the train.run_dir of a run")
 
 
+def intact_checkpoint(
+    path: Path, *, log: Callable[[str], None], group: dist.ProcessGroup | None = None
+) -> Path:
+    """`locate_checkpoint`, and one that is named is digested too; the ranks of `group` share the reading.
+
+    Raises:
+        UserError: there is none that is intact.
+    """
+    ranks = Ranks(group)
+    found = locate_checkpoint(path, log=log, group=group)
+    if found == path:
+        problems = _shared_problems(path, ranks)
+        if problems:
+            raise DamagedError(f"checkpoint {path} is damaged ({'; '.join(problems)}): use another one")
+    return found
+
+
 def _steps(directory: Path) -> list[int]:
     put_back_replaced(directory)
     return find_checkpoints(directory)
 
 
-def _problems(path: Path, *, rank: int, size: int) -> list[str]:
+def _shared_problems(path: Path, ranks: Ranks) -> list[str]:
+    shares = ranks.all_of(partial(problems_of_share, path, rank=ranks.rank, size=ranks.size))
+    return list(dict.fromkeys(problem for share in shares for problem in share))
+
+
+def problems_of_share(path: Path, *, rank: int, size: int) -> list[str]:
     """What rank `rank` of `size` finds: rank 0 looks at the index, and all share the data files."""
     try:
         manifest = read_manifest(path)

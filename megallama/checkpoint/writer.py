@@ -139,7 +139,7 @@ class CheckpointWriter:
         number = len(self._files)
         if self._file is None:
             assert self._temporary is not None
-            self._file = DataFile(self._temporary / data_file(number))
+            self._file = DataFile(self._temporary / data_file(number), backlog=0)
         return number, self._file
 
     def _close_file(self) -> None:

@@ -8,9 +8,10 @@ from typing import TypeAlias
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def add_corpus_options(parser: argparse.ArgumentParser) -> None:
+def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = True) -> None:
     """Add what says which text is read and how it falls into documents."""
-    parser.add_argument("inputs", nargs="+", help="files, globs, or folders of .txt and .jsonl")
+    if has_inputs:
+        parser.add_argument("inputs", nargs="+", help="files, globs, or folders of .txt and .jsonl")
     parser.add_argument(
         "--suffix",
         action="append",

@@ -20,11 +20,15 @@ VALUE_RULES: tuple[Rule, ...] = (
     check_values.check_ratios,
     check_values.check_loss_scale,
     check_values.check_schedule,
+    check_values.check_partial,
+    check_values.check_keep_every,
     check_values.check_rope,
     check_values.check_seq_len,
     check_layout.check_combinations,
     check_layout.check_recompute,
     check_layout.check_offload,
+    check_files.check_data_schedule,
+    check_layout.check_accumulation,
 )
 
 DIVIDING_RULES: tuple[Rule, ...] = (
@@ -47,6 +51,7 @@ def check(
     check_token_file: Callable[[str], list[str]],
     read_manifest: Callable[[str], ManifestFacts | None],
     load_tokenizer: Callable[[str], TokenizerFacts],
+    check_weights: Callable[[RunConfig], list[str]] = lambda _: [],
 ) -> list[str]:
     """All problems of a run, each `<What> (<values>): <what to change>`; none: it can start.
 
@@ -56,6 +61,7 @@ def check(
         check_token_file: Problems of the token file at a prefix.
         read_manifest: Manifest of the token file at a prefix, if it has one.
         load_tokenizer: The tokenizer in a file.
+        check_weights: Problems of `train.init_from`, where it is set.
     """
     probes = Probes(
         check_token_file=check_token_file, read_manifest=read_manifest, load_tokenizer=load_tokenizer
@@ -72,6 +78,8 @@ def check(
         problems += rule(config)
     problems += check_files.check_sources(config, probes)
     problems += check_files.check_vocabulary(config, probes)
+    if config.train.init_from is not None:
+        problems += check_weights(config)
     return problems
 
 
@@ -82,6 +90,7 @@ def check_config(
     check_token_file: Callable[[str], list[str]],
     read_manifest: Callable[[str], ManifestFacts | None],
     load_tokenizer: Callable[[str], TokenizerFacts],
+    check_weights: Callable[[RunConfig], list[str]] = lambda _: [],
 ) -> None:
     """Raise once with all problems that `check` finds.
 
@@ -94,6 +103,7 @@ def check_config(
         check_token_file=check_token_file,
         read_manifest=read_manifest,
         load_tokenizer=load_tokenizer,
+        check_weights=check_weights,
     )
     if problems:
         raise ConfigError(problems)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from megallama.config.load import load_yaml
-from megallama.config.schema import AdamKernel, NormKernel, RunConfig
+from megallama.config.schema import AdamKernel, NormKernel, RunConfig, SourceConfig
 from megallama.host.errors import ConfigError, UserError
 
 NOT_OF_THE_SHAPE = {"name", "hidden_dropout", "init_std", "max_seq_len"}
@@ -69,17 +70,54 @@ def check_sources(config: RunConfig, probes: Probes) -> Iterator[str]:
             "data.sources ([]) must name what to train on: add data.sources=[path/to/prefix],"
             " made by `megallama prepare`"
         )
+    lists = [("data.sources", data.sources), ("data.validation", data.validation)]
+    lists += [(f"data.schedule.{n}.sources", entry.sources) for n, entry in enumerate(data.schedule)]
     seen = set()
-    for key, sources in (("data.sources", data.sources), ("data.validation", data.validation)):
+    for key, sources in lists:
+        if sources and all(source.weight == 0 for source in sources):
+            yield f"{key} have no weight above 0 (all are 0): give at least one source a weight"
         for index, source in enumerate(sources):
-            if source.weight <= 0:
-                yield (
-                    f"{key}.{index}.weight ({source.weight:g} of {source.path}) must be above 0:"
-                    " leave the source out or give it a weight"
-                )
+            yield from _check_numbers(f"{key}.{index}", source)
             if source.path not in seen:
                 yield from probes.check_token_file(source.path)
             seen.add(source.path)
+
+
+def _check_numbers(key: str, source: SourceConfig) -> Iterator[str]:
+    # Numbers that are not finite are told by the rule on all numbers.
+    if math.isfinite(source.weight) and source.weight < 0:
+        yield (
+            f"{key}.weight ({source.weight:g} of {source.path}) must not be negative:"
+            " leave the source out or give it a weight"
+        )
+    epochs, fraction = source.max_epochs, source.validation_fraction
+    if epochs is not None and math.isfinite(epochs) and epochs <= 0:
+        yield (
+            f"{key}.max_epochs ({epochs:g} of {source.path}) must be above 0:"
+            " leave the source out, or give null for no limit"
+        )
+    if math.isfinite(fraction) and not 0 <= fraction < 1:
+        yield f"{key}.validation_fraction ({fraction:g} of {source.path}) must be in [0, 1): 0.01 is usual"
+    if fraction and key.startswith("data.validation."):
+        yield (
+            f"{key}.validation_fraction ({fraction:g} of {source.path}) has no effect, all of it is evaluated on:"
+            " leave it out"
+        )
+
+
+def check_data_schedule(config: RunConfig) -> Iterator[str]:
+    """Scheduled mixes have sources, and come one after another within the run."""
+    before = 0
+    for index, entry in enumerate(config.data.schedule):
+        key = f"data.schedule.{index}"
+        if not entry.sources:
+            yield f"{key}.sources ([]) must name what to train on from step {entry.from_step} on: add sources"
+        if not before < entry.from_step < config.train.steps:
+            yield (
+                f"{key}.from_step ({entry.from_step}) must lie between {before} and train.steps"
+                f" ({config.train.steps}), both excluded: order the mixes by their steps"
+            )
+        before = max(before, entry.from_step)
 
 
 def check_vocabulary(config: RunConfig, probes: Probes) -> Iterator[str]:
@@ -96,7 +134,9 @@ def check_vocabulary(config: RunConfig, probes: Probes) -> Iterator[str]:
             f"model.vocab_size ({vocab_size}) must be the tokenizer's ({tokenizer.vocab_size} in {path}):"
             f" set model.vocab_size={tokenizer.vocab_size}, or data.tokenizer to the file of the model"
         )
-    for source in {source.path: source for source in config.data.sources + config.data.validation}.values():
+    scheduled = [source for entry in config.data.schedule for source in entry.sources]
+    sources = config.data.sources + config.data.validation + scheduled
+    for source in {source.path: source for source in sources}.values():
         try:
             manifest = probes.read_manifest(source.path)
         except UserError:
@@ -137,8 +177,8 @@ def check_same_model(config: RunConfig) -> Iterator[str]:
     """Checkpoints in the run folder are of this model, since the run goes on from them."""
     path = Path(config.train.run_dir)
     try:
-        if not any((path / "checkpoints").iterdir()):
-            return
+        if not any((path / "checkpoints").iterdir()) or not (path / "config.yaml").exists():
+            return  # checkpoints alone, copied from elsewhere: loading compares the model
         before = load_yaml(path / "config.yaml").model
     except ConfigError as error:
         yield str(error)

@@ -36,6 +36,12 @@ def check_batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
         if config.parallel.vp > 1:
             micro_batch_group_size(micro_batches, pp=config.parallel.pp)
+        together = config.zero.accumulate_micro_batches
+        if together > micro_batches:
+            yield (
+                f"zero.accumulate_micro_batches ({together}) must be at most the micro-batches of a step"
+                f" ({micro_batches}): use {micro_batches} or less"
+            )
     except ValueError as error:
         yield str(error)
 
@@ -135,6 +141,26 @@ def check_offload(config: RunConfig) -> Iterator[str]:
         yield (
             f"zero.offload (true) needs zero.stage ({zero.stage}) 1 or 2: stage 0 shards nothing, so every rank of a"
             " host would hold all of the state; stage 3 is not proved with it"
+        )
+
+
+def check_accumulation(config: RunConfig) -> Iterator[str]:
+    """Only stage 2 reduces at every micro-batch without need."""
+    zero = config.zero
+    if zero.accumulate_micro_batches < 1:
+        yield (
+            f"zero.accumulate_micro_batches ({zero.accumulate_micro_batches}) must be at least 1:"
+            " 1 reduces at every micro-batch"
+        )
+    elif zero.accumulate_micro_batches > 1 and zero.stage != 2:
+        reason = (
+            "stage 3 holds no room for whole gradients"
+            if zero.stage == 3
+            else "stages 0 and 1 reduce once a step"
+        )
+        yield (
+            f"zero.accumulate_micro_batches ({zero.accumulate_micro_batches}) needs zero.stage=2 (it is {zero.stage}):"
+            f" {reason}, leave it out"
         )
 
 

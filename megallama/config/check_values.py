@@ -41,8 +41,10 @@ NOT_NEGATIVE = (
     "optim.decay_steps",
     "optim.weight_decay",
     "optim.clip",
+    "optim.partial_steps",
     "checkpoint.interval",
     "checkpoint.keep",
+    "checkpoint.keep_every",
     "eval.interval",
 )
 
@@ -110,6 +112,14 @@ def _floats(value: Any, key: str) -> Iterator[tuple[str, float]]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _floats(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
+
+
+def check_keep_every(config: RunConfig) -> Iterator[str]:
+    """Only steps that are saved can be kept."""
+    interval, every = config.checkpoint.interval, config.checkpoint.keep_every
+    if every > 0 and interval >= 0 and (interval == 0 or every % interval):
+        change = f"use {-(-every // interval) * interval}" if interval else "set checkpoint.interval too"
+        yield f"checkpoint.keep_every ({every}) must be a multiple of checkpoint.interval ({interval}): {change}"
 
 
 def check_ratios(config: RunConfig) -> Iterator[str]:
@@ -236,4 +246,26 @@ def check_seq_len(config: RunConfig) -> Iterator[str]:
         yield (
             f"train.seq_len ({config.train.seq_len}) must not exceed model.max_seq_len"
             f" ({config.model.max_seq_len}): shorten the sequences or choose a model for longer ones"
+        )
+
+
+def check_partial(config: RunConfig) -> Iterator[str]:
+    """The first steps train something, if not everything."""
+    optim, vocab_size = config.optim, config.model.vocab_size
+    rows = optim.partial_rows_from
+    if rows is not None and not 0 <= rows < vocab_size:
+        yield (
+            f"optim.partial_rows_from ({rows}) must be a token id of the model (0 to {vocab_size - 1}):"
+            " give the size of the old vocabulary"
+        )
+    is_chosen = rows is not None or bool(optim.partial_parameters)
+    if optim.partial_steps and not is_chosen:
+        yield (
+            f"optim.partial_steps ({optim.partial_steps}) leaves nothing to train: set optim.partial_rows_from"
+            " or optim.partial_parameters"
+        )
+    if is_chosen and not optim.partial_steps:
+        yield (
+            "optim.partial_rows_from and optim.partial_parameters do nothing with optim.partial_steps (0):"
+            " set optim.partial_steps, or leave them out"
         )

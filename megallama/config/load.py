@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megallama.config.names import field_types, listing
 from megallama.config.overrides import parse_overrides
-from megallama.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
+from megallama.config.schema import ModelConfig, RunConfig, SourceConfig
 from megallama.config.typed import Problems, build, defaults, plain, type_name
 from megallama.host.errors import ConfigError
 
@@ -167,12 +167,19 @@ def with_absolute_paths(config: RunConfig, *, base: Path) -> RunConfig:
         return [dataclasses.replace(source, path=absolute(source.path)) for source in data]
 
     tokenizer = config.data.tokenizer
-    data = DataConfig(
+    data = dataclasses.replace(
+        config.data,
         sources=sources(config.data.sources),
+        schedule=[dataclasses.replace(mix, sources=sources(mix.sources)) for mix in config.data.schedule],
         validation=sources(config.data.validation),
         tokenizer=absolute(tokenizer) if tokenizer else tokenizer,
     )
-    train = dataclasses.replace(config.train, run_dir=absolute(config.train.run_dir))
+    weights = config.train.init_from
+    train = dataclasses.replace(
+        config.train,
+        run_dir=absolute(config.train.run_dir),
+        init_from=absolute(weights) if weights else weights,
+    )
     return dataclasses.replace(config, data=data, train=train)
 
 

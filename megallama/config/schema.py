@@ -57,6 +57,13 @@ class ContextKind(str, Enum):
     ulysses = "ulysses"
 
 
+class Packing(str, Enum):
+    """What becomes of a document that a sequence has no room for."""
+
+    continued = "continued"
+    cut = "cut"
+
+
 class AttentionKernel(str, Enum):
     """Implementation of core attention."""
 
@@ -176,6 +183,9 @@ class ZeroConfig:
 
     stage: int = 1
     """0: nothing is sharded. 1: optimizer state. 2: and gradients. 3: and parameters."""
+    accumulate_micro_batches: int = 1
+    """Micro-batches whose gradients a rank sums itself (in fp32) before stage 2 reduces them. Above 1 it divides the
+    traffic of gradients by this, and takes 4 bytes a parameter of the rank, whatever the number."""
     offload: bool = False
     """Keep optimizer state in CPU memory and update there, which frees device memory. Stages 1 and 2."""
 
@@ -202,6 +212,9 @@ class TrainConfig:
     """Seed of initial weights, data order and dropout."""
     run_dir: str = MISSING
     """Folder of this run: config, metrics, logs, checkpoints. An existing one is continued."""
+    init_from: str | None = None
+    """Checkpoint, or run folder (its newest intact checkpoint), whose weights a new run starts from, in any layout, at
+    step 0 and with a fresh optimizer. Not used once the run has a checkpoint of its own. Null: random weights."""
     seq_len: int = MISSING
     """Tokens of one training sequence."""
     micro_batch_size: int = 1
@@ -240,6 +253,14 @@ class OptimConfig:
     """Decoupled weight decay of matrices and embeddings."""
     clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    partial_steps: int = 0
+    """Steps at the beginning of the run that train `partial_parameters` and the rows from `partial_rows_from` on, and
+    nothing else: all other weights stay as they are, to the bit, and weight decay rests. Then everything is trained."""
+    partial_parameters: list[str] = field(default_factory=list)
+    """Canonical names of parameters (docs/checkpoint-format.md), `*` for any part: [embedding.*, output_layer.*]."""
+    partial_rows_from: int | None = None
+    """First token id whose rows of embedding and output layer are trained: the old vocabulary's size after
+    `megallama expand-vocab`."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +270,21 @@ class SourceConfig:
     path: str = MISSING
     """Prefix of a `.bin`/`.idx` pair as `megallama prepare` (or Megatron) writes it."""
     weight: float = 1.0
-    """Share of the samples, relative to the other sources."""
+    """Share of the samples, relative to the other sources. 0: none, as if it were not named."""
+    max_epochs: float | None = None
+    """Epochs after which the source leaves the mix, to which the others then keep their proportions. Null: never."""
+    validation_fraction: float = 0.0
+    """Share of the tokens, whole documents at its end, that is kept out of training and evaluated on."""
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Another mix from some step on."""
+
+    from_step: int = MISSING
+    """The first step (from 0) that takes it."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """All sources from there on, written as in `data.sources`; a source that was there before goes on where it was."""
 
 
 @dataclass(frozen=True)
@@ -257,13 +292,23 @@ class DataConfig:
     """What is trained on."""
 
     sources: list[SourceConfig] = field(default_factory=list)
-    """Training data: a list of `{path, weight}`; plain text stands for a path of weight 1."""
+    """Training data: a list of `{path, weight}`; plain text stands for a path of weight 1. It may change between
+    the runs of one run folder: each source goes on where it stopped."""
+    schedule: list[MixConfig] = field(default_factory=list)
+    """Mixes that take over at later steps, in order: a list of `{from_step, sources}`."""
     validation: list[SourceConfig] = field(default_factory=list)
     """Validation data, written likewise; empty: no evaluation."""
     tokenizer: str | None = None
     """Tokenizer file; its vocabulary is checked against model and data. The run folder gets a copy."""
     reset_positions: bool = False
     """Count positions from 0 in every document instead of in every sequence. Attention never crosses a document."""
+    packing: Packing = Packing.continued
+    """What becomes of a document that a sequence has no room for: continued in another sequence, or cut there, so that
+    every sequence begins with a document (the rest is not used)."""
+    loss_on_eod: bool = True
+    """Count the loss of predicting the end-of-document token."""
+    loss_after_eod: bool = True
+    """Count the loss of predicting the first token of the next document, about which the model cannot know anything."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +319,10 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only the final one."""
     keep: int = 2
     """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for good, whatever their age; a multiple of the interval. 0: none."""
+    async_save: bool = True
+    """Write while training goes on, from a copy in host memory; false: training stands still until all is written."""
 
 
 @dataclass(frozen=True)

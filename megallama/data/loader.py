@@ -1,6 +1,7 @@
 """Batches of a run: the samples of a step, cut over data-parallel ranks and micro-batches.
 
-A context-parallel rank takes its part of every sequence, as `kernels.context_layout` says.
+A context-parallel rank takes its part of every sequence, as `kernels.context_layout` says. Only that part is
+read, straight from the mapped file into the tensor that goes to the device.
 Shape suffixes: B sequences of one micro-batch, S tokens of one sequence, of which this rank holds L.
 """
 
@@ -9,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megallama.config.schema import RunConfig, SourceConfig
-from megallama.data.prepared import check_token_file
-from megallama.data.stream import SampleStream, WeightedTokenFile
-from megallama.data.token_file import TokenFile
-from megallama.host.errors import ConfigError, UserError
-from megallama.kernels.context_layout import take_shard
+from megallama.config.schema import RunConfig
+from megallama.data.history import History, Pace
+from megallama.data.ledger import from_plain, to_plain
+from megallama.data.open import RunData, open_data
+from megallama.data.stream import Located, SampleStream, token_of
+from megallama.host.errors import UserError
+from megallama.kernels.context_layout import spans, take_shard
 
 
 @dataclass(frozen=True)
@@ -41,72 +44,104 @@ class MicroBatch:
     """For each sequence, where documents start among all S positions, whatever part this rank holds; 0 first."""
 
 
+@dataclass(frozen=True)
+class RankPart:
+    """Which part of a step one rank reads."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    num_micro_batches: int = 1
+    """Micro-batches of one step."""
+    cp_rank: int = 0
+    """Rank among the `parallel.cp` that share a sequence."""
+    is_reading_tokens: bool = True
+    """False on stages that need only where documents start."""
+
+
 class DataLoader:
     """The batches of one data-parallel rank. Open it with `open_loader`."""
 
-    def __init__(
-        self,
-        train: SampleStream,
-        validation: SampleStream | None,
-        *,
-        vocab_size: int,
-        global_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        num_micro_batches: int,
-        validation_batches: int,
-        last_step: int,
-        cp_rank: int = 0,
-        cp_size: int = 1,
-        is_reading_tokens: bool = True,
-        is_resetting_positions: bool = False,
-    ) -> None:
-        assert global_batch_size % (dp_size * num_micro_batches) == 0, (
-            global_batch_size,
-            dp_size,
-            num_micro_batches,
-        )
-        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-        self._train = train
-        self._validation = validation
-        self._vocab_size = vocab_size
-        self._global_batch_size = global_batch_size
-        self._dp_rank = dp_rank
-        self._dp_size = dp_size
-        self._num_micro_batches = num_micro_batches
-        self._validation_batches = validation_batches
-        self._last_step = last_step
-        self._shard = {"cp_rank": cp_rank, "cp_size": cp_size}
-        self._is_reading_tokens = is_reading_tokens
-        self._is_resetting_positions = is_resetting_positions
+    def __init__(self, config: RunConfig, data: RunData, *, part: RankPart) -> None:
+        cut = part.dp_size * part.num_micro_batches
+        assert config.train.global_batch_size % cut == 0, (config.train.global_batch_size, part)
+        assert 0 <= part.dp_rank < part.dp_size, part
+        self._config = config
+        self._data = data
+        self._part = part
+        self._seq_len = config.train.seq_len
+        self._spans = spans(self._seq_len, cp_size=config.parallel.cp, cp_rank=part.cp_rank)
+        self._train = self._continued(History(), step=0)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     @property
     def num_validation_batches(self) -> int:
         """Global batches of one evaluation: `eval.batches`, fewer where the data does not hold as many."""
-        if self._validation is None:
+        if self._data.validation is None:
             return 0
-        in_one_epoch = sum(self._validation.epoch_samples) // self._global_batch_size
-        return min(self._validation_batches, max(1, in_one_epoch))
+        in_one_epoch = sum(self._data.validation.epoch_samples) // self._config.train.global_batch_size
+        return min(self._config.eval.batches, max(1, in_one_epoch))
 
-    def batches(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of step `step`, counted from 0: a pure function of the step.
+    def resume(self, ledger: Any, *, step: int, consumed_samples: int) -> None:
+        """Go on at `step` with the mix of the configuration, after what `ledger` says was consumed.
 
-        The samples of the step are [step x global_batch_size, (step + 1) x global_batch_size); rank r
-        takes the r-th contiguous share. The next step is read in the background meanwhile.
+        Args:
+            ledger: What `ledger` gave to the checkpoint; None if an older megallama wrote it.
+            step: Completed steps.
+            consumed_samples: Sequences that they took.
 
         Raises:
-            UserError: a token id that the model does not have.
+            UserError: the ledger is of another version, damaged, or of another run.
+        """
+        if ledger is None:
+            # Its order of samples is not ours: every source begins anew.
+            before = History(paces=(Pace(step, consumed_samples, self._config.train.global_batch_size),))
+        else:
+            before = from_plain(ledger)
+            recorded = ledger["step"], before.first_sample(ledger["step"])
+            if recorded != (step, consumed_samples):
+                raise UserError(
+                    f"the record of consumed data (step {recorded[0]}, {recorded[1]} samples) is"
+                    f" not of this checkpoint (step {step}, {consumed_samples} samples): go on from another one"
+                )
+        self._ahead = None
+        self._train = self._continued(before, step=step)
+
+    def check_enough(self) -> None:
+        """That the data lasts to the end of the run.
+
+        Raises:
+            UserError: it runs out before.
+        """
+        lasts, steps = self._train.history.num_steps(), self._config.train.steps
+        if lasts < steps:
+            raise UserError(
+                f"the data runs out at step {lasts:.0f} of train.steps ({steps}), where every source has had its"
+                " max_epochs: raise these, add sources, or lower train.steps"
+            )
+
+    def ledger(self, step: int) -> dict[str, Any]:
+        """The mixes of the run and what was consumed of each source before `step`, for checkpoints and run folder."""
+        return to_plain(self._train.history, step=step)
+
+    def batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of step `step`, counted from 0: a pure function of history and step.
+
+        Rank r takes the r-th contiguous share of the samples of the step. The next step is read in the
+        background meanwhile.
+
+        Raises:
+            UserError: a token id that the model does not have, a damaged file, or no data left.
         """
         ahead, self._ahead = self._ahead, None
         try:
             if ahead is not None and ahead[0] == step:
                 return ahead[1].result()
-            return self._read(self._train, step)
+            return self._read(self._train, self._train.samples(step))
         finally:
-            if step + 1 < self._last_step:
-                self._ahead = (step + 1, self._thread.submit(self._read, self._train, step + 1))
+            if step + 1 < min(self._config.train.steps, self._train.history.num_steps()):
+                samples = self._train.samples(step + 1)
+                self._ahead = (step + 1, self._thread.submit(self._read, self._train, samples))
 
     def validation_batches(self) -> list[list[MicroBatch]]:
         """The micro-batches of each validation batch, always the same ones, from the first sample on.
@@ -115,60 +150,102 @@ class DataLoader:
         smaller than one global batch is repeated to fill it.
 
         Raises:
-            UserError: a token id that the model does not have.
+            UserError: a token id that the model does not have, or a damaged file.
         """
-        if self._validation is None:
+        stream = self._data.validation
+        if stream is None:
             return []
-        return [self._read(self._validation, number) for number in range(self.num_validation_batches)]
+        return [self._read(stream, stream.samples(number)) for number in range(self.num_validation_batches)]
 
     def close(self) -> None:
         """Ends the background reading."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, stream: SampleStream, number: int) -> list[MicroBatch]:
-        share = self._global_batch_size // self._dp_size
-        first = number * self._global_batch_size + self._dp_rank * share
-        size = share // self._num_micro_batches
-        starts = range(first, first + share, size)
-        return [self._micro_batch(stream, range(start, start + size)) for start in starts]
+    def _continued(self, before: History, *, step: int) -> SampleStream:
+        batch = self._config.train.global_batch_size
+        history = before.continued(step, global_batch_size=batch, plan=self._data.plan)
+        return SampleStream(history, self._data.shelf)
+
+    def _read(self, stream: SampleStream, samples: range) -> list[MicroBatch]:
+        share = len(samples) // self._part.dp_size
+        size = share // self._part.num_micro_batches
+        first = self._part.dp_rank * share
+        return [
+            self._micro_batch(stream, samples[start : start + size])
+            for start in range(first, first + share, size)
+        ]
 
     def _micro_batch(self, stream: SampleStream, samples: Sequence[int]) -> MicroBatch:
-        starts = tuple(stream.document_starts(sample) for sample in samples)
-        if self._is_reading_tokens:
-            rows_BS = torch.from_numpy(np.stack([self._checked(stream, sample) for sample in samples]))
-            tokens_BL, labels_BL = self._part(rows_BS[:, :-1]), self._part(rows_BS[:, 1:])
-        else:
-            tokens_BL = labels_BL = torch.empty(len(samples), 0, dtype=torch.int64)
+        located = [stream.locate(sample) for sample in samples]
+        starts = [stream.document_starts(sample) for sample in located]
+        length = sum(end - begin for begin, end in self._spans) if self._part.is_reading_tokens else 0
+        # Page-locked, so that the copy to the device is the only one and runs beside the computation.
+        shape, pinned = (len(samples), length), torch.cuda.is_available()
+        tokens_BL = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
+        labels_BL = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
+        if self._part.is_reading_tokens:
+            for row, sample in enumerate(located):
+                self._fill(stream, sample, tokens_BL[row].numpy(), labels_BL[row].numpy())
+        inside = tuple(tuple(start for start in row if start < self._seq_len) for row in starts)
         # Rotary positions matter by their differences only, so rows that differ need not cost memory.
-        own_starts = starts if self._is_resetting_positions else ((0,),)
+        own_starts = inside if self._config.data.reset_positions else ((0,),)
         return MicroBatch(
             tokens_BS=tokens_BL,
             labels_BS=labels_BL,
-            loss_mask_BS=torch.ones(labels_BL.shape, dtype=torch.float32),
-            positions_BS=self._part(positions(own_starts, seq_len=stream.seq_len)),
-            document_starts=starts,
+            loss_mask_BS=self._loss_mask(labels_BL, starts),
+            positions_BS=self._shard(positions(own_starts, seq_len=self._seq_len)),
+            document_starts=inside,
         )
 
-    def _part(self, x_BS: torch.Tensor) -> torch.Tensor:
+    def _shard(self, x_BS: torch.Tensor) -> torch.Tensor:
         """What this context-parallel rank holds of a tensor over whole sequences."""
-        return take_shard(x_BS, dim=1, **self._shard).contiguous()
+        cp_size = self._config.parallel.cp
+        return take_shard(x_BS, dim=1, cp_size=cp_size, cp_rank=self._part.cp_rank).contiguous()
 
-    def _checked(self, stream: SampleStream, sample: int) -> npt.NDArray[np.int64]:
-        tokens = stream.sample(sample)
-        wrong = np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))
-        if wrong.size == 0:
-            return tokens
-        place = int(wrong[0])
-        token = int(tokens[place])
-        for piece in stream.locate(sample):
-            if place < piece.count:
-                raise UserError(
-                    f"token id {token} in {piece.file.name} (document {piece.document}, offset"
-                    f" {piece.start + place}) is outside model.vocab_size ({self._vocab_size}):"
-                    " prepare the data with the model's tokenizer"
-                )
-            place -= piece.count
-        raise AssertionError(sample)
+    def _fill(
+        self,
+        stream: SampleStream,
+        sample: Located,
+        tokens_L: npt.NDArray[np.int64],
+        labels_L: npt.NDArray[np.int64],
+    ) -> None:
+        """Copy this rank's tokens of a sample, and the token after each, from the mapped file."""
+        offset = 0
+        for begin, end in self._spans:
+            place = begin
+            for view in stream.read(sample, begin, end + 1):
+                self._check(view, sample, place)
+                first, count = place - begin + offset, len(view)
+                tokens_L[first : min(first + count, offset + end - begin)] = view[: end - place]
+                # Labels stand one place before their token; the first token of the span is none's label.
+                skipped = 1 if place == begin else 0
+                labels_L[first - 1 + skipped : first - 1 + count] = view[skipped:]
+                place += count
+            offset += end - begin
+
+    def _loss_mask(self, labels_BL: torch.Tensor, starts: Sequence[Sequence[int]]) -> torch.Tensor:
+        mask_BL = torch.ones(labels_BL.shape, dtype=torch.float32)
+        if not self._part.is_reading_tokens:
+            return mask_BL
+        if self._data.eod_id is not None:
+            mask_BL[labels_BL == self._data.eod_id] = 0
+        if not self._config.data.loss_after_eod:
+            counted_BS = torch.ones(len(starts), self._seq_len)
+            for row, row_starts in enumerate(starts):
+                counted_BS[row, [start - 1 for start in row_starts if start]] = 0
+            mask_BL *= self._shard(counted_BS)
+        return mask_BL
+
+    def _check(self, view: npt.NDArray[np.integer], sample: Located, first: int) -> None:
+        vocab_size = self._config.model.vocab_size
+        if int(view.max()) < vocab_size and int(view.min()) >= 0:
+            return
+        wrong = int(np.flatnonzero((view < 0) | (view >= vocab_size))[0])
+        place = sample.source.place(token_of(sample, first + wrong))
+        raise UserError(
+            f"token id {view[wrong]} in {place.file} (document {place.document}, offset {place.offset}) is outside"
+            f" model.vocab_size ({vocab_size}): prepare the data with the model's tokenizer"
+        )
 
 
 def positions(document_starts: Sequence[Sequence[int]], *, seq_len: int) -> torch.Tensor:
@@ -189,61 +266,17 @@ def open_loader(
     cp_rank: int = 0,
     is_reading_tokens: bool = True,
 ) -> DataLoader:
-    """Opens the data of a run for one data-parallel rank.
-
-    Args:
-        config: The run.
-        dp_rank: Rank among the data-parallel ranks.
-        dp_size: Number of these.
-        num_micro_batches: Micro-batches of one step.
-        cp_rank: Rank among the `parallel.cp` that share a sequence.
-        is_reading_tokens: False on stages that need only where documents start.
+    """Opens the data of a run for one rank; the arguments are those of `RankPart`.
 
     Raises:
         ConfigError: missing or damaged files, all at once, or a vocabulary larger than the model's.
-        UserError: a source too short for one sample, or with a weight that is not positive.
+        UserError: a source too short for one sample, one named twice, or a weight that is none.
     """
-    problems = [
-        problem
-        for source in (*config.data.sources, *config.data.validation)
-        for problem in check_token_file(source.path)
-    ]
-    if problems:
-        raise ConfigError(problems)
-    train = _open(config.data.sources, config=config, shuffle=True)
-    validation = (
-        _open(config.data.validation, config=config, shuffle=False) if config.data.validation else None
-    )
-    return DataLoader(
-        train,
-        validation,
-        vocab_size=config.model.vocab_size,
-        global_batch_size=config.train.global_batch_size,
+    part = RankPart(
         dp_rank=dp_rank,
         dp_size=dp_size,
         num_micro_batches=num_micro_batches,
-        validation_batches=config.eval.batches,
-        last_step=config.train.steps,
         cp_rank=cp_rank,
-        cp_size=config.parallel.cp,
         is_reading_tokens=is_reading_tokens,
-        is_resetting_positions=config.data.reset_positions,
     )
-
-
-def _open(sources: Sequence[SourceConfig], *, config: RunConfig, shuffle: bool) -> SampleStream:
-    files = [TokenFile(source.path) for source in sources]
-    for file in files:
-        manifest = file.manifest
-        if manifest is not None and manifest.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                [
-                    f"data source {file.name} has {manifest.vocab_size} token ids, model.vocab_size"
-                    f" ({config.model.vocab_size}) holds fewer: prepare it with the model's tokenizer"
-                ]
-            )
-    opened = [
-        WeightedTokenFile(file=file, weight=source.weight)
-        for file, source in zip(files, sources, strict=True)
-    ]
-    return SampleStream(opened, seq_len=config.train.seq_len, seed=config.train.seed, shuffle=shuffle)
+    return DataLoader(config, open_data(config), part=part)

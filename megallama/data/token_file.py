@@ -1,8 +1,16 @@
-"""An opened token file: documents of token ids, memory-mapped through megatron-core's IndexedDataset."""
+"""An opened token file: documents of token ids, memory-mapped through megatron-core's IndexedDataset.
+
+Nothing is copied or computed when it is opened: the index of a billion tokens stays on the disk, where
+each document's place is one number. What is read is checked, since only a look at it can tell damage.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import bisect
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +18,12 @@ import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megallama.data.prepared import Manifest, check_token_file, read_manifest
-from megallama.host.errors import ConfigError
+from megallama.host.errors import ConfigError, UserError
+
+_HEADER_BYTES = 34
+_DOCUMENTS_AT_ONCE = 1 << 16
+_SAMPLED_BLOCKS = 32
+_BLOCK_BYTES = 4096
 
 
 def write_token_file(prefix: Path, documents: Iterable[Sequence[int]]) -> None:
@@ -35,28 +48,106 @@ class TokenFile:
         self.name = str(prefix)
         self.manifest: Manifest | None = read_manifest(prefix)
         self._dataset = IndexedDataset(str(prefix))
+        index = self._dataset.index
+        self._dtype = np.dtype(index.dtype)
         # A document of Megatron's may be several sequences (sentences); they stand one after another in .bin.
-        first_sequence = np.asarray(self._dataset.document_indices, dtype=np.int64)
-        ends = np.concatenate([[0], np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)])
-        self.document_lengths: npt.NDArray[np.int64] = np.diff(ends[first_sequence])
-        """Tokens of each document."""
-        self._starts = ends[first_sequence]
-        self._dtype = self._dataset.index.dtype
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return len(self.document_lengths)
-
-    @property
-    def num_tokens(self) -> int:
+        self._lengths, self._pointers = index.sequence_lengths, index.sequence_pointers
+        self._first_sequence = index.document_indices
+        last_byte = int(self._pointers[-1]) + int(self._lengths[-1]) * self._dtype.itemsize
+        self.num_tokens = last_byte // self._dtype.itemsize
         """Tokens of all documents."""
-        return int(self._starts[-1])
+        self.num_documents = len(self._first_sequence) - 1
+        """Number of documents."""
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of what the file holds, wherever it lies: its manifest's, else one of samples from all over it."""
+        digest = hashlib.blake2b(digest_size=16)
+        if self.manifest is not None:
+            digest.update(f"{self.manifest.bin_sha256} {self.manifest.idx_sha256}".encode())
+            return digest.hexdigest()
+        for path in (f"{self.name}.idx", f"{self.name}.bin"):
+            size = os.path.getsize(path)
+            digest.update(f"{size} ".encode())
+            with open(path, "rb") as stream:
+                for block in range(_SAMPLED_BLOCKS):
+                    stream.seek(block * max(0, size - _BLOCK_BYTES) // (_SAMPLED_BLOCKS - 1))
+                    digest.update(stream.read(_BLOCK_BYTES))
+        return digest.hexdigest()
+
+    @cached_property
+    def document_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, 8 bytes of memory each."""
+        starts = [*self.document_starts_in_parts(), np.array([self.num_tokens])]
+        return np.diff(np.concatenate(starts))
+
+    def document_starts_in_parts(self) -> Iterator[npt.NDArray[np.int64]]:
+        """First token of each document, in order, some ten thousand at a time."""
+        for first in range(0, self.num_documents, _DOCUMENTS_AT_ONCE):
+            yield self.document_starts(first, min(first + _DOCUMENTS_AT_ONCE, self.num_documents))
+
+    def document_starts(self, first: int, end: int) -> npt.NDArray[np.int64]:
+        """First token of documents [first, end).
+
+        Raises:
+            UserError: the index is damaged there.
+        """
+        sequences = self._first_sequence[first:end].astype(np.int64)
+        count = len(self._pointers)
+        wrong = np.flatnonzero((sequences < 0) | (sequences > count))
+        if wrong.size:
+            entry = _HEADER_BYTES + 12 * count + 8 * (first + int(wrong[0]))
+            raise self._damaged(entry, f"sequence {sequences[wrong[0]]} of {count}")
+        # Documents without a sequence at the end of the file begin where it ends.
+        is_inside = sequences < count
+        bytes_ = self._pointers[np.where(is_inside, sequences, 0)].astype(np.int64)
+        end_byte = self.num_tokens * self._dtype.itemsize
+        bytes_ = np.where(is_inside, bytes_, end_byte)
+        is_wrong = (bytes_ < 0) | (bytes_ > end_byte) | (bytes_ % self._dtype.itemsize != 0)
+        is_wrong[1:] |= np.diff(bytes_) < 0
+        wrong = np.flatnonzero(is_wrong)
+        if wrong.size:
+            entry = _HEADER_BYTES + 4 * count + 8 * int(sequences[wrong[0]])
+            document = first + int(wrong[0])
+            raise self._damaged(entry, f"document {document} at byte {bytes_[wrong[0]]} of {end_byte}")
+        starts: npt.NDArray[np.int64] = bytes_ // self._dtype.itemsize
+        return starts
+
+    def document_at(self, token: int) -> int:
+        """The document that holds token `token` of the file.
+
+        Raises:
+            UserError: the index is damaged on the way there.
+        """
+        assert 0 <= token < self.num_tokens, (token, self.num_tokens)
+        return bisect.bisect_right(range(self.num_documents), token, key=self._start) - 1
+
+    def view(self, start: int, count: int) -> npt.NDArray[np.integer]:
+        """Tokens [start, start + count) of the file, in its own number format, as a view of the mapped file."""
+        assert start >= 0 and start + count <= self.num_tokens, (start, count, self.num_tokens)
+        offset = start * self._dtype.itemsize
+        found: npt.NDArray[np.integer] = self._dataset.bin_reader.read(
+            dtype=self._dtype, count=count, offset=offset
+        )
+        return found
 
     def read(self, document: int, *, start: int, count: int) -> npt.NDArray[np.int64]:
         """A copy of tokens [start, start + count) of a document."""
         assert start >= 0 and start + count <= self.document_lengths[document], (document, start, count)
-        offset = (int(self._starts[document]) + start) * np.dtype(self._dtype).itemsize
-        return np.array(
-            self._dataset.bin_reader.read(dtype=self._dtype, count=count, offset=offset), dtype=np.int64
+        return np.array(self.view(self._start(document) + start, count), dtype=np.int64)
+
+    def _start(self, document: int) -> int:
+        """As `document_starts`, for one: a search asks some thirty times, so no array is made."""
+        sequence, count = int(self._first_sequence[document]), len(self._pointers)
+        if sequence == count:
+            return self.num_tokens
+        byte = int(self._pointers[sequence]) if 0 <= sequence < count else -1
+        start, rest = divmod(byte, self._dtype.itemsize)
+        if rest or not 0 <= start <= self.num_tokens:
+            self.document_starts(document, document + 1)  # says what is wrong
+        return start
+
+    def _damaged(self, entry: int, what: str) -> UserError:
+        return UserError(
+            f"index {self.name}.idx is damaged (offset {entry}: {what}): prepare or copy the file again"
         )

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, one interface over sentencepiece and Hugging Face files.
+"""Tokenizers: text to token ids and back, from sentencepiece, Hugging Face and tiktoken files.
 
 Imports no torch: preparation workers and the login node load it in a moment.
 """
@@ -8,81 +8,42 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
+from megallama.data.tokenizer_interface import (
+    SPACE_MARK,
+    PieceKind,
+    Tokenizer,
+    no_end_token,
+    read_tokenizer_file,
+)
+from megallama.data.tokenizer_ranks import RANKS_SIDE_FILE, RankTokenizer, is_rank_file
 from megallama.host.errors import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", RANKS_SIDE_FILE)
+"""Files beside a tokenizer that belong to it."""
 
 # Only asked when no tokenizer_config.json or special_tokens_map.json stands beside tokenizer.json.
 _USUAL_END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 _USUAL_BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>")
-_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 sentencepiece.set_min_log_level(2)
-
-
-class Tokenizer(ABC):
-    """Text to token ids and back. Special tokens are never read out of text, nor shown by `decode`."""
-
-    name: str
-    """Kind and size, for logs: `sentencepiece-32000`."""
-    path: Path
-    """The file it was loaded from."""
-    sha256: str
-    """Checksum of that file, hexadecimal."""
-    vocab_size: int
-    """Number of token ids; every id is below it."""
-    eod_id: int
-    """End of document (the file's end-of-text token)."""
-    bos_id: int | None
-    """Begin of text, where the file has one."""
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without begin and end tokens.
-
-        Raises:
-            UnicodeEncodeError: the text holds half a surrogate pair.
-        """
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
-
-    @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special tokens give none, broken UTF-8 gives U+FFFD.
-
-        Raises:
-            IndexError: an id outside the vocabulary.
-        """
-
-    def _check_ids(self, ids: Sequence[int]) -> list[int]:
-        plain = [int(i) for i in ids]
-        if plain and not (min(plain) >= 0 and max(plain) < self.vocab_size):
-            raise IndexError(f"token ids must lie in [0, {self.vocab_size}): {min(plain)} .. {max(plain)}")
-        return plain
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece `.model`."""
 
     def __init__(self, path: Path) -> None:
-        content = _read(path)
-        if _TIKTOKEN_LINE.match(content):
-            raise UserError(
-                f"tokenizer {path} is a tiktoken list, not a sentencepiece model: use the tokenizer.json that"
-                " comes with the Hugging Face form of the same model"
-            )
+        content = read_tokenizer_file(path)
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(content)
@@ -96,7 +57,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = int(self._processor.vocab_size())
         self.name = f"sentencepiece-{self.vocab_size}"
         if self._processor.eos_id() < 0:
-            raise _no_end_token(path, "train it with an end-of-text piece (eos_id)")
+            raise no_end_token(path, "train it with an end-of-text piece (eos_id)")
         self.eod_id = int(self._processor.eos_id())
         self.bos_id = int(self._processor.bos_id()) if self._processor.bos_id() >= 0 else None
 
@@ -113,12 +74,69 @@ class SentencePieceTokenizer(Tokenizer):
         """See `Tokenizer`."""
         return str(self._processor.decode(self._check_ids(ids)))
 
+    def kind(self, token: int) -> PieceKind:
+        """See `Tokenizer`."""
+        if self._processor.is_byte(token):
+            return PieceKind.byte
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return PieceKind.special
+        if self._processor.is_unused(token):
+            return PieceKind.unused
+        return PieceKind.user if token in self._user_ids else PieceKind.normal
+
+    def surface(self, token: int) -> bytes:
+        """See `Tokenizer`."""
+        kind, piece = self.kind(token), self.label(token)
+        if kind is PieceKind.byte:
+            return bytes([int(piece[1:-1], 16)])
+        if kind in (PieceKind.special, PieceKind.unused):
+            return b""
+        return piece.replace(SPACE_MARK, " ").encode()
+
+    def label(self, token: int) -> str:
+        """See `Tokenizer`."""
+        return str(self._processor.id_to_piece(token))
+
+    def split(self, surface: bytes) -> list[int]:
+        """See `Tokenizer`."""
+        try:
+            surface.decode("utf-8")
+        except UnicodeDecodeError:
+            return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in surface]
+        return list(self._inner.encode(surface))
+
+    def normalized(self, piece: str) -> str:
+        """`piece` as the model's normalization leaves it, without the space that many put before a text."""
+        text = piece.replace(SPACE_MARK, " ")
+        return str(self._inner.normalize(text)).replace(" ", SPACE_MARK)
+
+    @cached_property
+    def proto(self) -> sentencepiece_model_pb2.ModelProto:
+        """All that the file says."""
+        return sentencepiece_model_pb2.ModelProto.FromString(self._processor.serialized_model_proto())
+
+    @cached_property
+    def _user_ids(self) -> frozenset[int]:
+        defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+        return frozenset(i for i, piece in enumerate(self.proto.pieces) if piece.type == defined)
+
+    @cached_property
+    def _inner(self) -> sentencepiece.SentencePieceProcessor:
+        """The same model without the space that many put before a text."""
+        proto = sentencepiece_model_pb2.ModelProto()
+        proto.CopyFrom(self.proto)
+        proto.normalizer_spec.add_dummy_prefix = False
+        proto.normalizer_spec.remove_extra_whitespaces = False
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(proto.SerializeToString())
+        return processor
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`; the files beside it name the end token, else its usual name does."""
 
     def __init__(self, path: Path) -> None:
-        content = _read(path)
+        content = read_tokenizer_file(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the binding raises plain Exception for every kind of damage
@@ -139,9 +157,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.name = f"huggingface-{self.vocab_size}"
         end = _special_token(path, "eos_token", vocabulary, _USUAL_END_TOKENS)
         if end is None:
-            raise _no_end_token(path, "put a tokenizer_config.json with its eos_token beside it")
+            raise no_end_token(path, "put a tokenizer_config.json with its eos_token beside it")
         self.eod_id = end
         self.bos_id = _special_token(path, "bos_token", vocabulary, _USUAL_BEGIN_TOKENS)
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self._is_byte_level = '"ByteLevel"' in self._tokenizer.to_str().split('"model"')[0]
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
@@ -159,11 +179,54 @@ class HuggingFaceTokenizer(Tokenizer):
         """See `Tokenizer`."""
         return str(self._tokenizer.decode(self._check_ids(ids), skip_special_tokens=True))
 
+    def kind(self, token: int) -> PieceKind:
+        """See `Tokenizer`."""
+        if token in self._added:
+            return PieceKind.special if self._added[token].special else PieceKind.user
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None:
+            return PieceKind.unused
+        is_byte = len(piece) == 1 if self._is_byte_level else _BYTE_PIECE.fullmatch(piece)
+        return PieceKind.byte if is_byte else PieceKind.normal
+
+    def surface(self, token: int) -> bytes:
+        """See `Tokenizer`."""
+        kind, piece = self.kind(token), self.label(token)
+        if kind in (PieceKind.special, PieceKind.unused):
+            return b""
+        if kind is PieceKind.user:
+            return piece.encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+        if kind is PieceKind.byte:
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace(SPACE_MARK, " ").encode()
+
+    def label(self, token: int) -> str:
+        """See `Tokenizer`."""
+        return self._tokenizer.id_to_token(token) or ""
+
+    def split(self, surface: bytes) -> list[int]:
+        """See `Tokenizer`."""
+        try:
+            text = surface.decode("utf-8")
+        except UnicodeDecodeError:
+            names = (_LETTER_OF_BYTE[b] if self._is_byte_level else f"<0x{b:02X}>" for b in surface)
+            found = (self._tokenizer.token_to_id(name) for name in names)
+            return [token for token in found if token is not None]
+        # What a file may put before a text stands before the mark, and the mark merges with little.
+        for mark in ("\n", "\u2029", "|"):
+            before = self.encode(mark)
+            ids = self.encode(mark + text)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+        return self.encode(text)
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer at `path`: a sentencepiece `.model`, a `tokenizer.json`, or a folder that holds one.
+    """The tokenizer at `path`: a sentencepiece `.model`, a `tokenizer.json`, a tiktoken rank file, or their folder.
 
-    In a folder with both, `tokenizer.json` is taken: the `.model` beside it may be a tiktoken list.
+    In a folder with several, `tokenizer.json` is taken, which says more than the others.
 
     Raises:
         UserError: missing, damaged, of unknown kind, or without an end-of-text token.
@@ -171,6 +234,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     place = Path(path)
     if place.is_dir():
         held = [place / name for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE) if (place / name).is_file()]
+        held = held or sorted(place.glob("*.tiktoken"))
         if not held:
             raise UserError(
                 f"tokenizer folder {place} holds neither {HUGGING_FACE_FILE} nor {SENTENCEPIECE_FILE}:"
@@ -181,27 +245,32 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(
             f"tokenizer {place} does not exist: give a .model or tokenizer.json file, or their folder"
         )
-    if place.suffix == ".model":
-        return SentencePieceTokenizer(place)
     if place.suffix == ".json":
         return HuggingFaceTokenizer(place)
-    raise UserError(f"tokenizer {place} is of unknown kind ({place.suffix!r}): give a .model or .json file")
+    if place.suffix == ".tiktoken" or ".model" in place.suffixes:
+        # LLaMA 3 calls its rank file tokenizer.model, as LLaMA 2 its sentencepiece model.
+        is_ranks = is_rank_file(read_tokenizer_file(place))
+        return RankTokenizer(place) if is_ranks else SentencePieceTokenizer(place)
+    raise UserError(
+        f"tokenizer {place} is of unknown kind ({place.suffix!r}): give a .model, .json or .tiktoken file"
+    )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): check the file") from error
+def _letters_of_bytes() -> dict[int, str]:
+    """The letter for each byte in byte-level pieces: itself where it can be seen, else one from U+0100 on (GPT-2)."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-def _no_end_token(path: Path, remedy: str) -> UserError:
-    return UserError(f"tokenizer {path} has no end-of-text token, which must close every document: {remedy}")
+_LETTER_OF_BYTE = _letters_of_bytes()
+_BYTE_OF_LETTER = {letter: byte for byte, letter in _LETTER_OF_BYTE.items()}
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def _special_token(path: Path, key: str, vocabulary: dict[str, int], usual: Sequence[str]) -> int | None:
     """Id of the special token `key`: as the side files say, else the first of `usual` that exists."""
-    for name in _SIDE_FILES:
+    for name in SIDE_FILES[:2]:
         side = path.with_name(name)
         if not side.is_file():
             continue

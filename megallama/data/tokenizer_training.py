@@ -8,17 +8,28 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import sentencepiece
 
-from megallama.data.corpus import Documents, Reading, empty_corpus, expand_inputs, stream_documents
+from megallama.data.corpus import (
+    CorpusFile,
+    Documents,
+    Reading,
+    empty_corpus,
+    expand_inputs,
+    stream_documents,
+)
 from megallama.data.tokenizer import SENTENCEPIECE_FILE
+from megallama.data.tokenizer_interface import SPACE_MARK
 from megallama.host.errors import UserError
 
 ModelType = Literal["bpe", "unigram"]
+
+Normalization = Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"]
+"""sentencepiece's rules. All but `identity` change the text: full-width Chinese punctuation becomes ASCII."""
 
 _MAX_LINE_CHARS = 4096
 # Not the number of cores: unigram sums by thread, and the file must not depend on the machine.
@@ -34,32 +45,42 @@ def train_tokenizer(
     model_type: ModelType = "bpe",
     character_coverage: float = 0.9995,
     split_digits: bool = True,
-    normalization: str = "identity",
+    byte_fallback: bool = True,
+    normalization: Normalization = "identity",
+    user_symbols: Sequence[str] = (),
     seed: int = 1234,
     sample_bytes: int = 100 << 20,
     suffixes: Sequence[str] = (),
     documents: Documents = "file",
     text_field: str = "text",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Trains a tokenizer on `inputs` and writes `<output>/tokenizer.model`; returns that path.
 
     Ids: 0 unknown, 1 begin, 2 end, then 256 bytes, then pieces. With the default `normalization`
     what is encoded decodes to the very same text, white space included (only U+2581, sentencepiece's
     own mark for a space, becomes a space). A corpus above `sample_bytes` is sampled by lines, each
-    line with equal chance. The same inputs and seed give the same file.
+    line with equal chance. The same inputs and seed give the same file. `user_symbols` are each one token
+    wherever they stand. Without `byte_fallback` a character that the sample lacks is lost. `progress` is called
+    with (bytes of text read, bytes of the files) while the sample is taken.
 
     Raises:
         UserError: inputs that `expand_inputs` or `read_documents` refuse, an empty corpus, a
             vocabulary too large or too small for it, an output that cannot be written.
     """
-    _check_arguments(vocab_size, model_type, character_coverage, sample_bytes)
+    reserved = len(user_symbols) + (_BYTE_AND_CONTROL_PIECES if byte_fallback else 3)
+    _check_arguments(vocab_size, model_type, character_coverage, sample_bytes, reserved)
+    _check_symbols(user_symbols)
+    if normalization not in get_args(Normalization):
+        raise UserError(
+            f"normalization ({normalization!r}) is unknown: use {', '.join(get_args(Normalization))}"
+        )
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file: name a folder")
     files = expand_inputs(inputs, suffixes=suffixes)
     reading = Reading(documents=documents, text_field=text_field)
-    texts = (document.text for document in stream_documents(files, reading=reading))
-    lines = sample_lines(texts, seed=seed, sample_bytes=sample_bytes)
+    lines = sample_lines(_texts(files, reading, progress), seed=seed, sample_bytes=sample_bytes)
     if not lines:
         raise empty_corpus(files)
     model = io.BytesIO()
@@ -72,7 +93,8 @@ def train_tokenizer(
             character_coverage=character_coverage,
             split_digits=split_digits,
             normalization_rule_name=normalization,
-            byte_fallback=True,
+            byte_fallback=byte_fallback,
+            user_defined_symbols=list(user_symbols),
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,  # indentation is worth pieces of its own
@@ -86,7 +108,7 @@ def train_tokenizer(
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise _training_failed(str(error), vocab_size) from error
-    return _write(folder, model.getvalue())
+    return write_model(folder, model.getvalue())
 
 
 def sample_lines(texts: Iterator[str], *, seed: int, sample_bytes: int) -> list[str]:
@@ -108,6 +130,19 @@ def sample_lines(texts: Iterator[str], *, seed: int, sample_bytes: int) -> list[
     return [line for _, line in sorted((number, line) for _, number, line, _ in kept)]
 
 
+def _texts(
+    files: Sequence[CorpusFile], reading: Reading, progress: Callable[[int, int], None] | None
+) -> Iterator[str]:
+    total = sum(file.num_bytes for file in files)
+    done = 0
+    for document in stream_documents(files, reading=reading):
+        yield document.text
+        if progress is not None:
+            # Text, not file bytes: compressed files hold more of it, JSON less.
+            done += len(document.text.encode())
+            progress(min(done, total), total)
+
+
 def _lines(texts: Iterator[str]) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
@@ -119,10 +154,12 @@ def _lines(texts: Iterator[str]) -> Iterator[str]:
                 yield line[start : start + _MAX_LINE_CHARS]
 
 
-def _check_arguments(vocab_size: int, model_type: str, character_coverage: float, sample_bytes: int) -> None:
-    if vocab_size <= _BYTE_AND_CONTROL_PIECES:
+def _check_arguments(
+    vocab_size: int, model_type: str, character_coverage: float, sample_bytes: int, reserved: int
+) -> None:
+    if vocab_size <= reserved:
         raise UserError(
-            f"vocab_size ({vocab_size}) must be above {_BYTE_AND_CONTROL_PIECES}, bytes and control pieces:"
+            f"vocab_size ({vocab_size}) must be above {reserved}, bytes, control pieces and symbols:"
             " use 1000 or more"
         )
     if model_type not in get_args(ModelType):
@@ -131,6 +168,14 @@ def _check_arguments(vocab_size: int, model_type: str, character_coverage: float
         raise UserError(f"character_coverage ({character_coverage}) must be in [0.9, 1]: use 0.9995")
     if sample_bytes < 1:
         raise UserError(f"sample_bytes ({sample_bytes}) must be at least 1: use some megabytes")
+
+
+def _check_symbols(symbols: Sequence[str]) -> None:
+    for number, symbol in enumerate(symbols):
+        if not symbol.strip() or "\0" in symbol or SPACE_MARK in symbol or symbol in ("<unk>", "<s>", "</s>"):
+            raise UserError(f"user symbol ({symbol!r}) cannot be a token: leave it out")
+        if symbol in symbols[:number]:
+            raise UserError(f"user symbol ({symbol!r}) is given twice: leave one out")
 
 
 def _training_failed(text: str, vocab_size: int) -> UserError:
@@ -149,7 +194,8 @@ def _training_failed(text: str, vocab_size: int) -> UserError:
     return UserError(f"sentencepiece refused the training ({text.strip()}): change what it names")
 
 
-def _write(folder: Path, model: bytes) -> Path:
+def write_model(folder: Path, model: bytes) -> Path:
+    """Writes `<folder>/tokenizer.model` whole or not at all."""
     path = folder / SENTENCEPIECE_FILE
     temporary: str | None = None
     try:

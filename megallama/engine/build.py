@@ -12,6 +12,7 @@ from megallama.engine.adam import build_adam, parameter_groups
 from megallama.engine.fragment import Fragment
 from megallama.engine.invariants import Invariants
 from megallama.engine.learning_rate import learning_rate
+from megallama.engine.partial import PartialTraining
 from megallama.engine.schedule import ScheduledChunk, run_schedule
 from megallama.engine.state import (
     check_fragments,
@@ -47,6 +48,7 @@ class Engine:
             EmbeddingTie(stage, self._zero, topology=topology) if config.model.tie_embeddings else None
         )
         check_fragments(self._zero, stage.module)
+        self._partial = PartialTraining(config.optim, stage, self._zero, topology=topology)
         self._invariants = Invariants(stage, self._zero, topology=topology)
 
     def train_step(self, step: int, batches: Sequence[MicroBatch]) -> StepResult:
@@ -55,6 +57,7 @@ class Engine:
         if config.train.check_invariants:
             self.check_invariants(step)
         seed_streams(topology, seed=config.train.seed, step=step)
+        is_partial = self._partial.begin(step)
         num_tokens = self._count_tokens(batches)
         loss_scale = self._zero.loss_scale
         self._zero.train(True)
@@ -70,7 +73,7 @@ class Engine:
         if self._tie is not None:
             self._tie.collect_gradient()
         lr = learning_rate(config.optim, step=step, total_steps=config.train.steps)
-        grad_norm, is_skipped = self._zero.step(lr)
+        grad_norm, is_skipped = self._zero.step(lr, is_decayed=not is_partial)
         if self._tie is not None:
             self._tie.publish_weight()
         total, tokens = self._sum_over_job(loss_sum, num_tokens)

@@ -125,8 +125,8 @@ def load_counters(zero: ZeroEngine, numbers: dict[str, float | int]) -> None:
             if torch.is_tensor(step)
             else int(numbers["adam_step"])
         )
-    if "loss_scale" in numbers:
-        scaler = optimizer.loss_scaler
+    scaler: Any = getattr(optimizer, "loss_scaler", None)
+    if "loss_scale" in numbers and hasattr(scaler, "cur_iter"):  # the run may go on in another precision
         scaler.cur_scale = numbers["loss_scale"]
         scaler.cur_iter = int(numbers["loss_scale_iteration"])
         scaler.last_overflow_iter = int(numbers["loss_scale_last_overflow"])

@@ -16,6 +16,8 @@ Written against DeepSpeed 0.19.8. What is done here beside calling its public fu
   often they compare, which deadlocks: here only the ranks that share parameters are compared.
 - ZeRO 3 lets the first backward of a step overwrite the gradients of the last step, and the later ones add. Under
   the interleaved schedule the first backward reaches one chunk only: so the gradients are cleared after the step.
+- With offload and fp32, ZeRO 2 lets the first backward of a step overwrite the sums in host memory and the later ones
+  add: the same, so these are cleared after the step too.
 - On CPU it would compile a shared-memory all-reduce at first use; gloo serves instead and no compiler is needed.
 """
 
@@ -34,6 +36,8 @@ import torch
 import torch.distributed as dist
 
 from megallama.config.schema import Dtype, RunConfig
+from megallama.engine.local_gradients import LocalGradients
+from megallama.grid import num_micro_batches
 from megallama.host.double import use_double
 from megallama.topology.groups import DeepSpeedGroups, Topology
 
@@ -81,7 +85,9 @@ class ZeroEngine:
                 mpu=DeepSpeedGroups(topology, shard_group=self.shard_group),
                 dist_init_required=False,
             )
+        self._weight_decays = [group["weight_decay"] for group in self.optimizer.optimizer.param_groups]
         self._num_begun = self._num_ended = 0
+        self._local = self._local_gradients(config, stage)
         self._watch_backwards()
 
     @property
@@ -119,6 +125,8 @@ class ZeroEngine:
         optimizer = self.optimizer
         if self.stage_number == 3:
             yield optimizer.grad_partitions_flat_buffer
+        if self._local is not None:
+            yield from self._local.kept()
         yield from getattr(optimizer, "fp32_groups_gradients_flat", [])
         for group in getattr(optimizer, "averaged_gradients", {}).values():
             yield from (tensor for tensor in group or [] if tensor is not None)
@@ -127,20 +135,23 @@ class ZeroEngine:
         """Switch the stage between training and evaluation."""
         self._engine.train(mode)
 
-    def step(self, lr: float) -> tuple[float, bool]:
-        """Reduce, clip and update with learning rate `lr`.
+    def step(self, lr: float, *, is_decayed: bool = True) -> tuple[float, bool]:
+        """Reduce, clip and update with learning rate `lr`, with weight decay or without.
 
         Returns:
             The global gradient norm before clipping, and whether the update was skipped (fp16 overflow).
         """
         self._check_backwards()
-        for group in self.optimizer.optimizer.param_groups:
+        for group, decay in zip(self.optimizer.optimizer.param_groups, self._weight_decays, strict=True):
             group["lr"] = lr
+            group["weight_decay"] = decay if is_decayed else 0.0
         if self.stage_number == 0:
             self._all_reduce_gradients()
         self._engine.step()
         if self.stage_number == 3:
             self.optimizer.grad_partitions_flat_buffer.zero_()
+        for kept in getattr(self.optimizer, "accumulated_grads_in_cpu", {}).values():
+            kept.zero_()
         norm = float(self._engine.get_global_grad_norm())
         skipped = bool(getattr(self.optimizer, "overflow", False))
         return (math.inf if skipped else norm), skipped
@@ -157,6 +168,24 @@ class ZeroEngine:
         coordinator: Any = sys.modules["deepspeed.runtime.zero.partitioned_param_coordinator"]
         coordinator.assert_ints_same_as_other_ranks = self._assert_same_ints
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+    def _local_gradients(self, config: RunConfig, stage: torch.nn.Module) -> LocalGradients | None:
+        period = config.zero.accumulate_micro_batches
+        if period == 1:
+            return None
+        train = config.train
+        tied: Any = getattr(stage, "tied", None)
+        return LocalGradients(
+            self.optimizer,
+            period=period,
+            backwards=num_micro_batches(
+                train.global_batch_size,
+                micro_batch_size=train.micro_batch_size,
+                dp=self._topology.grid.dp,
+            ),
+            # The last stage's gradient comes in as one more backward (engine/tie.py).
+            further={} if tied is None else {tied.weight: 1},
+        )
 
     def _assert_same_ints(self, ints: list[int]) -> None:
         """Whether ZeRO 3 fetches the same parameters in the same order on the ranks that share them."""
@@ -179,6 +208,8 @@ class ZeroEngine:
         def end_counted() -> None:
             self._num_ended += 1
             end()
+            if self._local is not None:
+                self._local.end_backward()
 
         self._engine._backward_prologue, self._engine._backward_epilogue = begin_clean, end_counted
 
@@ -194,6 +225,8 @@ class ZeroEngine:
         assert begun == ended, (
             f"DeepSpeed finished {ended} of {begun} backwards: gradients of the others would be lost"
         )
+        if self._local is not None:
+            self._local.end_step()
         for bucket in getattr(self.optimizer, "ipg_buckets", {}).values():
             assert not bucket.params, (
                 "DeepSpeed finished a backward before its last gradient, which would be lost"

@@ -85,8 +85,10 @@ class TrafficMeter:
         def counted(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             # One method may be built on another: only the outermost counts.
             if self._depth == 0 and group.size() > 1:
-                # megatron-core sends one way of a two-stage pipeline through the group of all ranks.
-                name = "pp" if operation == "send" else self._names.get(group.group_name, group.group_desc)
+                name = self._names.get(group.group_name, group.group_desc)
+                if operation == "send" and name != "cp":
+                    # megatron-core sends one way of a two-stage pipeline through the group of all ranks.
+                    name = "pp"
                 for tensor in _tensors(args[position]):
                     key = (name, operation, str(tensor.dtype).removeprefix("torch."))
                     self._bytes[key] += tensor.numel() * tensor.element_size()
@@ -101,7 +103,7 @@ class TrafficMeter:
 
 def _named_groups(topology: Topology) -> Iterable[tuple[str, dist.ProcessGroup]]:
     for name in ("tp", "cp", "pp", "dp_cp", "dp", "tp_pp", "first_last", "host"):
-        group = getattr(topology, f"{name}_group", None)
+        group = getattr(topology, f"{name}_group")
         if group is not None:
             yield name, group
     assert dist.group.WORLD is not None

@@ -9,10 +9,11 @@ Letters: S positions of a rank's part of a sequence, B sequences of a micro-batc
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
-from megallama.config.schema import Dtype, Recompute, RunConfig
+from megallama.config.schema import ContextKind, Dtype, Recompute, RunConfig
 from megallama.grid import Coordinates, Grid, num_micro_batches, padded_vocab_size, split_layers
 from megallama.host.errors import UserError
 
@@ -31,6 +32,8 @@ class _Holding:
     """What a rank holds of the model."""
 
     layers: int
+    layers_again: int
+    """Layers whose forward runs again in the backward pass."""
     is_first: bool
     is_last: bool
     matrices: list[int]
@@ -49,14 +52,12 @@ class _Holding:
 
 
 def step_traffic(config: RunConfig, *, grid: Grid, place: Coordinates) -> Traffic:
-    """Bytes of one optimizer step of the rank at `place`.
+    """Bytes of one optimizer step of the rank at `place`; a step that fp16 skips gathers no parameters.
 
     Raises:
-        UserError: a combination without a formula: cp, ZeRO 3 with stages, fewer key/value heads than tp ranks.
+        UserError: a combination without a formula: ZeRO 3 with stages, fewer key/value heads than tp ranks.
     """
     kv_heads = config.model.num_kv_heads or config.model.num_heads
-    if grid.cp > 1:
-        raise UserError(f"parallel.cp ({grid.cp}) has no traffic formula here: see docs/parallelism.md")
     if kv_heads % grid.tp:
         raise UserError(
             f"model.num_kv_heads ({kv_heads}) below parallel.tp ({grid.tp}) has no traffic formula: use a smaller tp"
@@ -72,6 +73,7 @@ def step_traffic(config: RunConfig, *, grid: Grid, place: Coordinates) -> Traffi
     )
     traffic: Counter[tuple[str, str, str]] = Counter()
     _add_tensor_parallel(traffic, config, grid, holding, micro_batches)
+    _add_context_parallel(traffic, config, grid, holding, micro_batches)
     _add_pipeline(traffic, config, grid, place, micro_batches)
     _add_zero(traffic, config, grid, holding, micro_batches)
     _add_ties(traffic, config, grid, place)
@@ -81,7 +83,8 @@ def step_traffic(config: RunConfig, *, grid: Grid, place: Coordinates) -> Traffi
 def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
     model, parallel = config.model, config.parallel
     stages = parallel.layers_per_stage or split_layers(model.num_layers, grid.pp * parallel.vp)
-    layers = sum(stages[place.pp :: grid.pp])
+    chunks = stages[place.pp :: grid.pp]
+    layers = sum(chunks)
     is_first, is_last = place.pp == 0, place.pp == grid.pp - 1
     head_dim = model.head_dim or model.hidden_size // model.num_heads
     query = model.num_heads * head_dim
@@ -93,6 +96,7 @@ def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
     tables = int(is_first) + int(is_last and not model.tie_embeddings)
     return _Holding(
         layers=layers,
+        layers_again=sum(_layers_again(config, chunk) for chunk in chunks),
         is_first=is_first,
         is_last=is_last,
         matrices=[size // grid.tp for size in matrices + [rows * hidden] * tables],
@@ -100,6 +104,14 @@ def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
         head_norms=[head_dim] * (2 * layers * int(model.qk_norm)),
         biases=[(query + 2 * key_value) // grid.tp] * (layers * int(model.qkv_bias)),
     )
+
+
+def _layers_again(config: RunConfig, layers: int) -> int:
+    """Of the layers of one chunk, those that `recompute=full` runs again."""
+    train = config.train
+    if train.recompute != Recompute.full:
+        return 0
+    return layers if train.recompute_layers is None else min(layers, train.recompute_layers)
 
 
 def activation_bytes(config: RunConfig) -> int:
@@ -119,7 +131,7 @@ def _add_tensor_parallel(
     if grid.tp == 1:
         return
     layers, first, last = holding.layers, int(holding.is_first), int(holding.is_last)
-    again = layers if config.train.recompute == Recompute.full else 0
+    again = holding.layers_again
     dtype, activation = NUMPY_NAMES[config.precision.dtype], activation_bytes(config)
     if config.parallel.sequence_parallel:
         # A layer: forward gathers twice and scatters twice; backward gathers twice the gradients and twice the
@@ -134,8 +146,38 @@ def _add_tensor_parallel(
     traffic["tp", "all_reduce", dtype] += m * sum(holding.head_norms) * ITEM_BYTES[dtype]
     if last:
         # Cross-entropy: the largest logit, the logit of the label, the sum of exponentials, of each token.
-        tokens = config.train.seq_len * config.train.micro_batch_size
+        tokens = config.train.seq_len // grid.cp * config.train.micro_batch_size
         traffic["tp", "all_reduce", _wide(config)] += 3 * m * tokens * ITEM_BYTES[_wide(config)]
+
+
+def _add_context_parallel(
+    traffic: Counter[tuple[str, str, str]], config: RunConfig, grid: Grid, holding: _Holding, m: int
+) -> None:
+    """What attention moves: kernels/attention_context.py."""
+    if grid.cp == 1:
+        return
+    model, train = config.model, config.train
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    kv_heads = (model.num_kv_heads or model.num_heads) // grid.tp
+    tokens = train.seq_len // grid.cp * train.micro_batch_size
+    queries, keys = (tokens * heads * head_dim for heads in (model.num_heads // grid.tp, kv_heads))
+    dtype, wide = NUMPY_NAMES[config.precision.dtype], _wide(config)
+    # Values are as large as keys. A forward pass that runs again moves all that it moved before.
+    backwards = m * holding.layers
+    is_selective = train.recompute == Recompute.selective
+    forwards = m * (holding.layers + (holding.layers if is_selective else holding.layers_again))
+    if config.parallel.cp_kind == ContextKind.all_gather:
+        traffic["cp", "all_gather", dtype] += (forwards + backwards) * grid.cp * 2 * keys * ITEM_BYTES[dtype]
+        traffic["cp", "reduce_scatter", wide] += backwards * grid.cp * 2 * keys * ITEM_BYTES[wide]
+    elif config.parallel.cp_kind == ContextKind.ring:
+        # The gradients go one step further than keys and values: home.
+        away = (forwards + backwards) * (grid.cp - 1)
+        traffic["cp", "send", dtype] += away * 2 * keys * ITEM_BYTES[dtype]
+        traffic["cp", "send", wide] += backwards * grid.cp * 2 * keys * ITEM_BYTES[wide]
+    else:
+        repeats = grid.cp // math.gcd(grid.cp, kv_heads)
+        exchanged = 2 * queries + 2 * keys * repeats
+        traffic["cp", "all_to_all", dtype] += (forwards + backwards) * exchanged * ITEM_BYTES[dtype]
 
 
 def _add_pipeline(
@@ -160,8 +202,9 @@ def _add_zero(
     elements = sum(map(sum, groups))
     ranks = grid.dp * grid.cp
     is_bf16 = config.precision.dtype == Dtype.bf16
-    is_bf16_optimizer = is_bf16 and stage < 2
-    is_checked = is_bf16 and stage == 2  # for overflow
+    is_bf16_optimizer = is_bf16 and stage < 2 and not config.zero.offload
+    # For overflow.
+    is_checked = config.precision.dtype == Dtype.fp16 or (is_bf16 and stage < 3 and not is_bf16_optimizer)
     if grid.tp * grid.pp > 1:
         scalar = "float64" if stage == 3 else wide
         # Gradient norm: once for each group with and without decay; DeepSpeed's BF16_Optimizer takes one for both.
@@ -171,19 +214,20 @@ def _add_zero(
     if ranks == 1:
         return
     traffic["dp_cp", "all_reduce", "float64"] += 8  # loss
-    if grid.dp > 1:
-        traffic["dp_cp", "all_reduce", "int64"] += 8  # tokens
-    if is_checked:
+    traffic["dp_cp", "all_reduce", "int64"] += 8  # tokens
+    if is_checked and stage > 0:
         traffic["dp_cp", "all_reduce", "uint8"] += 1
     if stage == 0:
         traffic["dp_cp", "all_reduce", wide] += elements * wide_item
     elif stage < 3:
-        # ZeRO 2 keeps no gradient of another rank, so it reduces at every micro-batch.
-        times = m if stage == 2 else 1
+        # ZeRO 2 keeps no gradient of another rank, so it reduces at every micro-batch, or as often as it is told.
+        together = config.zero.accumulate_micro_batches
+        times = -(-m // together) if stage == 2 else 1
         traffic["dp_cp", "all_reduce", wide] += elements * wide_item * times
         if stage == 2 and config.model.tie_embeddings and grid.pp > 1 and holding.is_first:
             # The last stage's gradient of the tied weight comes in as one more backward.
-            traffic["dp_cp", "all_reduce", wide] += holding.matrices[-1] * wide_item
+            more = -(-(m + 1) // together) - times
+            traffic["dp_cp", "all_reduce", wide] += holding.matrices[-1] * wide_item * more
         if not is_bf16_optimizer:
             traffic["dp_cp", "all_reduce", wide] += 2 * wide_item  # gradient norm
         alignment = ALIGNMENT * ranks
@@ -208,10 +252,3 @@ def _add_ties(
     elements = rows * config.model.hidden_size // grid.tp
     for dtype in (_wide(config), NUMPY_NAMES[config.precision.dtype]):  # gradient, weight
         traffic["first_last", "broadcast", dtype] += elements * ITEM_BYTES[dtype]
-
-
-def ring_bytes(operation: str, size: int, *, ranks: int) -> float:
-    """Bytes that each rank sends for a call of `size` bytes, on a ring."""
-    share = (ranks - 1) / ranks
-    factor = {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "all_to_all": share}
-    return size * factor.get(operation, 1.0)

@@ -80,17 +80,20 @@ def _topology(grid: Grid, rank: int, device: torch.device) -> Topology:
         pp_rank=place.pp,
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tp_pp_group=parallel_state.get_model_parallel_group(),
         first_last_group=parallel_state.get_embedding_group(check_initialized=False),
         own_group=dist.new_group([rank], use_local_synchronization=True),
-        # Collectives on host memory (checkpoint plans, agreement on errors); a background save may use it alone.
+        # Collectives on host memory: agreement on errors and stops, loading.
         host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
+        save_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
     )
     for axes, group in (
         (("tp",), topology.tp_group),
+        (("cp",), topology.cp_group),
         (("pp",), topology.pp_group),
         (("dp",), topology.dp_group),
         (("dp", "cp"), topology.dp_cp_group),

@@ -22,6 +22,7 @@ class Topology:
     pp_rank: int
     device: torch.device
     tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
@@ -32,6 +33,8 @@ class Topology:
     """This rank alone; ZeRO 0 shards over it, that is, not at all."""
     host_group: dist.ProcessGroup
     """All ranks, gloo, for host memory."""
+    save_group: dist.ProcessGroup
+    """All ranks, gloo, for the thread that saves while training goes on: nothing else may use it."""
 
     @property
     def world_size(self) -> int:

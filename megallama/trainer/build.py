@@ -15,10 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megallama.checkpoint.boxes import build_boxes
 from megallama.checkpoint.facts import model_facts
-from megallama.checkpoint.store import load_checkpoint, save_checkpoint
-from megallama.checkpoint.verify import latest_checkpoint
 from megallama.config.load import to_yaml
 from megallama.config.schema import RunConfig
 from megallama.data.loader import DataLoader
@@ -31,7 +28,9 @@ from megallama.topology.groups import Topology
 from megallama.trainer.hooks import CheckpointHook, EvalHook, GuardHook, Hook, StopHook
 from megallama.trainer.loop import StepEngine, Trainer
 from megallama.trainer.metrics_hook import MetricsHook
+from megallama.trainer.resume import layout_facts, start_run
 from megallama.trainer.run_folder import RunFolder
+from megallama.trainer.saver import Saver, SaveReportHook
 from megallama.trainer.state import TrainState
 from megallama.trainer.traffic_hook import MeteredEngine
 
@@ -83,12 +82,24 @@ def build_trainer(
     environment: LaunchEnvironment,
 ) -> Trainer:
     """The trainer, resumed from the newest checkpoint that verifies, if there is one."""
-    checkpoints = CheckpointStore(config, topology, engine=engine, folder=folder)
-    state = checkpoints.resume()
+    state = start_run(config, topology, engine=engine, loader=loader, folder=folder)
+    loader.check_enough()
+    if topology.rank == 0:
+        folder.write_ledger(loader.ledger(state.step))
     train = config.train
+    layout = layout_facts(config, topology)
+    saver = Saver(
+        folder.checkpoints,
+        config.checkpoint,
+        topology,
+        engine=engine,
+        model=model_facts(config.model),
+        describe=lambda step: {"layout": layout, "data": loader.ledger(step)},
+        resumed_step=state.step if state.step > 0 else None,
+    )
 
-    hooks: list[Hook] = []
-    if config.data.validation:
+    hooks: list[Hook] = [SaveReportHook(saver)]
+    if loader.num_validation_batches:
         hooks.append(
             EvalHook(engine, loader.validation_batches, interval=config.eval.interval, last_step=train.steps)
         )
@@ -99,8 +110,8 @@ def build_trainer(
     if topology.rank == 0:
         hooks.append(MetricsHook(config, topology, folder=folder, has_wandb_key=environment.has_wandb_key))
     hooks.append(GuardHook())
-    hooks.append(CheckpointHook(checkpoints.save, interval=config.checkpoint.interval, last_step=train.steps))
-    hooks.append(SignalHook(topology, checkpoints))
+    hooks.append(CheckpointHook(saver, interval=config.checkpoint.interval, last_step=train.steps))
+    hooks.append(SignalHook(topology, saver))
     hooks.append(LoaderHook(loader))
     return Trainer(
         stepper,
@@ -113,50 +124,6 @@ def build_trainer(
     )
 
 
-class CheckpointStore:
-    """Saves and restores the engine and the progress of this run."""
-
-    def __init__(self, config: RunConfig, topology: Topology, *, engine: Engine, folder: RunFolder) -> None:
-        self._config = config
-        self._topology = topology
-        self._engine = engine
-        self._folder = folder
-        self._saved_step: int | None = None
-
-    def resume(self) -> TrainState:
-        """Load the newest checkpoint that verifies into the engine; a new state where there is none."""
-        group = self._topology.host_group
-        path = latest_checkpoint(self._folder.checkpoints, log=log.warning, group=group)
-        if path is None:
-            return TrainState()
-        stored = load_checkpoint(
-            path, tensors=self._tensors(), model=model_facts(self._config.model), group=group
-        )
-        self._engine.restore(_numbers(stored["engine"]))
-        state = TrainState.from_json(_numbers(stored["progress"]))
-        self._saved_step = state.step
-        log.info("resumed from %s at step %d", path, state.step)
-        return state
-
-    def save(self, state: TrainState) -> None:
-        """Save now, unless this very step is saved already."""
-        if state.step == self._saved_step:
-            return
-        save_checkpoint(
-            self._folder.checkpoints,
-            step=state.step,
-            tensors=self._tensors(),
-            state={"progress": dict(state.to_json()), "engine": dict(self._engine.counters())},
-            model=model_facts(self._config.model),
-            keep=self._config.checkpoint.keep,
-            group=self._topology.host_group,
-        )
-        self._saved_step = state.step
-
-    def _tensors(self) -> Any:
-        return build_boxes(self._engine.fragments(), self._engine.layout)
-
-
 SAME_REQUEST_S = 2.0
 """Signals so close together are one request: a rank may get it from Slurm and from torchrun."""
 
@@ -164,8 +131,8 @@ SAME_REQUEST_S = 2.0
 class SignalHook(StopHook):
     """SIGTERM and SIGINT end the run after the step in flight, with a checkpoint; a second one ends it at once."""
 
-    def __init__(self, topology: Topology, checkpoints: CheckpointStore) -> None:
-        super().__init__(self._is_any_rank_asked, checkpoints.save)
+    def __init__(self, topology: Topology, saver: Saver) -> None:
+        super().__init__(self._is_any_rank_asked, saver)
         self._topology = topology
         self._received_s: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
@@ -205,8 +172,3 @@ class LoaderHook(Hook):
     def finish(self, state: TrainState) -> None:
         """Close."""
         self._loader.close()
-
-
-def _numbers(value: Any) -> dict[str, Any]:
-    assert isinstance(value, dict), value
-    return value

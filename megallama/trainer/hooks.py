@@ -84,31 +84,57 @@ class GuardHook(Hook):
         )
 
 
+class RunSaver(Protocol):
+    """What the hooks need to save the run."""
+
+    def reserve(self) -> None:
+        """Take the memory that saving needs."""
+
+    def save(self, state: TrainState) -> None:
+        """Save, perhaps while training goes on."""
+
+    def save_now(self, state: TrainState) -> None:
+        """Have this step saved on return."""
+
+    def finish(self) -> None:
+        """Wait for a save that is under way."""
+
+
 class CheckpointHook(Hook):
     """Saves every `interval` steps and after the last."""
 
-    def __init__(self, save: Callable[[TrainState], None], *, interval: int, last_step: int) -> None:
-        self._save = save
+    def __init__(self, saver: RunSaver, *, interval: int, last_step: int) -> None:
+        self._saver = saver
         self._interval = interval
         self._last_step = last_step
 
+    def start(self, state: TrainState) -> None:
+        """Take the memory that saving needs before any step is lost for the lack of it."""
+        self._saver.reserve()
+
     def after_step(self, state: TrainState, report: StepReport) -> None:
-        """Save when it is time."""
-        if state.step == self._last_step or (self._interval > 0 and state.step % self._interval == 0):
-            self._save(state)
+        """Save when it is time; the run ends with the last step on the disk."""
+        if state.step == self._last_step:
+            self._saver.save_now(state)
+        elif self._interval > 0 and state.step % self._interval == 0:
+            self._saver.save(state)
+
+    def finish(self, state: TrainState) -> None:
+        """Complete a save that is under way, also when a step failed."""
+        self._saver.finish()
 
 
 class StopHook(Hook):
     """Ends the run early after a request (a signal), with a checkpoint; all ranks agree on the step."""
 
-    def __init__(self, is_requested: Callable[[], bool], save: Callable[[TrainState], None]) -> None:
+    def __init__(self, is_requested: Callable[[], bool], saver: RunSaver) -> None:
         self._is_requested = is_requested
-        self._save = save
+        self._saver = saver
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         """Save and raise `StopTraining` once any rank was asked to stop."""
         if self._is_requested():
-            self._save(state)
+            self._saver.save_now(state)
             raise StopTraining
 
 

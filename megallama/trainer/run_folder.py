@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from megallama.data.ledger import LEDGER_FILE
+from megallama.data.tokenizer import SIDE_FILES
 from megallama.host.errors import UserError
 
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -25,6 +28,11 @@ class RunFolder:
     def config_file(self) -> Path:
         """The resolved configuration."""
         return self.path / "config.yaml"
+
+    @property
+    def ledger_file(self) -> Path:
+        """Which sample every step takes, as far as the run was ever planned."""
+        return self.path / LEDGER_FILE
 
     @property
     def logs(self) -> Path:
@@ -77,16 +85,35 @@ class RunFolder:
         """Write the configuration, and copy the tokenizer so that the folder is whole without its sources."""
         self.path.mkdir(parents=True, exist_ok=True)
         _write_whole(self.config_file, config_yaml.encode())
-        if tokenizer is None:
-            return
+        if tokenizer is not None:
+            self.copy_tokenizer(tokenizer)
+
+    def copy_tokenizer(self, tokenizer: Path) -> None:
+        """Copy a tokenizer, a file or its folder, with what lies beside it."""
         source = next((f for n in TOKENIZER_NAMES if (f := tokenizer / n).is_file()), tokenizer)
-        self.tokenizer_folder.mkdir(exist_ok=True)
+        self.tokenizer_folder.mkdir(parents=True, exist_ok=True)
         target = self.tokenizer_folder / (
             TOKENIZER_NAMES[1] if source.suffix == ".json" else TOKENIZER_NAMES[0]
         )
-        partial = target.with_name(target.name + ".partial")
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
+        beside = {name: source.with_name(name) for name in SIDE_FILES}
+        for copy, original in {target.name: source, **beside}.items():
+            if original.is_file():
+                partial = target.with_name(copy + ".partial")
+                shutil.copyfile(original, partial)
+                os.replace(partial, target.with_name(copy))
+
+    def write_ledger(self, ledger: dict[str, Any]) -> None:
+        """Write what `megallama data trace` reads.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        try:
+            _write_whole(self.ledger_file, json.dumps(ledger, ensure_ascii=False, indent=1).encode())
+        except OSError as error:
+            raise UserError(
+                f"{self.ledger_file} cannot be written ({error.strerror}): free some space there"
+            ) from error
 
 
 def _write_whole(path: Path, content: bytes) -> None:

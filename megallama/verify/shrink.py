@@ -1,8 +1,8 @@
 """A small model with the structure of a large one: what decides how a layout composes is kept, widths are not.
 
-Kept: heads per key/value head, how key/value heads divide over tp, ties, rotary scaling, recomputation, masks,
-precision, kernels, optimizer, padding of the vocabulary (or none), ZeRO stage. Shrunk: layers, widths,
-vocabulary, sequence, batch.
+Kept: heads per key/value head, how heads divide over tp and over ulysses' ranks, ties, rotary scaling,
+recomputation, masks, precision, kernels, optimizer, padding of the vocabulary (or none), ZeRO stage. Shrunk: layers,
+widths, vocabulary, sequence, batch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megallama.config.schema import RopeScaling, RunConfig, Schedule
+from megallama.config.schema import ContextKind, RopeScaling, RunConfig, Schedule
 from megallama.verify.layouts import Layout, change
 
 HEAD_DIM = 8
@@ -27,7 +27,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     tps, cps = [cut.parallel.tp for cut in cuts], [cut.parallel.cp for cut in cuts]
     width = math.lcm(*tps)
     model = config.model
-    kv_heads = _kv_heads(model.num_kv_heads or model.num_heads, tps)
+    kv_heads = _kv_heads(config, cuts)
     heads = kv_heads * (model.num_heads // (model.num_kv_heads or model.num_heads))
     vocab_multiple = 16 * width
     is_padded = model.vocab_size % model.vocab_multiple != 0
@@ -79,12 +79,21 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     return change(config, sizes)
 
 
-def _kv_heads(kv_heads: int, tps: Sequence[int]) -> int:
-    """The fewest key/value heads that divide over each tp (or are shared by its ranks) as the many do."""
+def _kv_heads(config: RunConfig, cuts: Sequence[RunConfig]) -> int:
+    """The fewest key/value heads that divide over each tp (or are shared by its ranks) as the many do.
+
+    Under ulysses they must do so over tp x cp, and the query heads that belong to them must divide over it.
+    """
+    kv_heads = config.model.num_kv_heads or config.model.num_heads
+    ratio = config.model.num_heads // kv_heads
+    tps = [cut.parallel.tp for cut in cuts]
+    exchanges = [
+        cut.parallel.tp * cut.parallel.cp for cut in cuts if cut.parallel.cp_kind == ContextKind.ulysses
+    ]
     for fewer in (d for d in range(1, kv_heads + 1) if kv_heads % d == 0):
-        if all(
-            (fewer % tp == 0) == (kv_heads % tp == 0) and (fewer % tp == 0 or tp % fewer == 0) for tp in tps
-        ):
+        divides_alike = all((fewer % n == 0) == (kv_heads % n == 0) for n in (*tps, *exchanges))
+        is_shared = all(fewer % tp == 0 or tp % fewer == 0 for tp in tps)
+        if divides_alike and is_shared and all(fewer * ratio % n == 0 for n in exchanges):
             return fewer
     return kv_heads
 

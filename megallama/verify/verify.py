@@ -64,7 +64,9 @@ def verify(
     if steps < 1:
         raise UserError(f"--steps ({steps}) must be at least 1")
     check_layouts(config, layouts)
-    for group in _alike(config, layouts):
+    groups = _alike(config, layouts)
+    _check_small(config, groups, steps=steps)
+    for group in groups:
         with tempfile.TemporaryDirectory(prefix="megallama-verify-") as folder:
             bench = Bench(config, group, steps=steps, dtype=dtype, folder=Path(folder))
             for layout in group:
@@ -82,6 +84,23 @@ def check_layouts(config: RunConfig, layouts: Sequence[Layout]) -> None:
         problems += [f"layout {layout.name}: {problem}" for problem in found]
     if problems:
         raise ConfigError(problems)
+
+
+def _check_small(config: RunConfig, groups: Sequence[Sequence[Layout]], *, steps: int) -> None:
+    """Raise ConfigError where a layout's own settings do not fit the sizes that the small run has."""
+    problems = []
+    for group in groups:
+        small = _small_run(config, group, steps=steps)
+        for layout in group:
+            cut = layout.apply(small)
+            found = problems_of(cut, world_size=layout.world_size(cut))
+            problems += [f"layout {layout.name}, made small: {problem}" for problem in found]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _small_run(config: RunConfig, group: Sequence[Layout], *, steps: int) -> RunConfig:
+    return change(shrink(config, group, steps=steps), dict(_model_settings(group[0])))
 
 
 def _alike(config: RunConfig, layouts: Sequence[Layout]) -> list[list[Layout]]:
@@ -110,8 +129,7 @@ class Bench:
     ) -> None:
         self._folder = folder
         self._dtype = dtype
-        small = shrink(config, layouts, steps=steps)
-        small = change(small, dict(_model_settings(layouts[0])))
+        small = _small_run(config, layouts, steps=steps)
         sequences = small.train.global_batch_size * (steps + 1)
         write_tokens(
             folder / "tokens",

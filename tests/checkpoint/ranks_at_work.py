@@ -5,22 +5,43 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megallama.checkpoint import disk, protocol, storage, store
+from megallama.checkpoint.background import BackgroundSaver
+from megallama.checkpoint.boxes import BoxedTensor
 from megallama.checkpoint.verify import latest_checkpoint
 from tests.checkpoint.synthetic import MODEL, STATE, Layout, boxes_of, wrong_elements
 
 
-def save(directory: Path, layout: Layout, step: int, keep: int = 0, seed: int = 0) -> Path:
+def save(
+    directory: Path,
+    layout: Layout,
+    step: int,
+    keep: int = 0,
+    seed: int = 0,
+    keep_every: int = 0,
+    verified: set[int] | None = None,
+) -> Path:
     """Saves the synthetic state; also without process group."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     boxes = boxes_of(layout, rank, seed=seed)
-    return store.save_checkpoint(directory, step=step, tensors=boxes, state=STATE, model=MODEL, keep=keep)
+    return store.save_checkpoint(
+        directory,
+        step=step,
+        tensors=boxes,
+        state=STATE,
+        model=MODEL,
+        keep=keep,
+        keep_every=keep_every,
+        verified=verified,
+    )
 
 
 def load(path: Path, layout: Layout, seed: int = 0) -> tuple[int, dict[str, Any]]:
@@ -37,10 +58,86 @@ def save_on_rank(directory: Path, layout: Layout, step: int) -> str:
     return str(save(directory, layout, step))
 
 
-def load_on_rank(path: Path, layout: Layout) -> tuple[int, dict[str, Any]]:
+def save_keeping_two(directory: Path, layout: Layout) -> set[int]:
+    """Saves steps 1 to 3 on gloo ranks; the steps that were read back."""
+    dist.init_process_group("gloo")
+    verified: set[int] = set()
+    for step in (1, 2, 3):
+        save(directory, layout, step, keep=2, verified=verified)
+    return verified
+
+
+def load_on_rank(path: Path, layout: Layout, seed: int = 0) -> tuple[int, dict[str, Any]]:
     """`load` on gloo ranks."""
     dist.init_process_group("gloo")
-    return load(path, layout)
+    return load(path, layout, seed=seed)
+
+
+def train_while_saving(directory: Path, layout: Layout) -> tuple[list[int], int]:
+    """Saves steps 1 to 3 with a slow disk: the steps saved, and the all-reduces that ended meanwhile."""
+    dist.init_process_group("gloo")
+    saver = BackgroundSaver(directory, model=MODEL, keep=0, group=dist.new_group(backend="gloo"))
+    write_all = storage.write_all
+
+    def slow(fd: int, data: memoryview) -> None:
+        time.sleep(0.1)
+        write_all(fd, data)
+
+    setattr(storage, "write_all", slow)  # noqa: B010
+    steps, sums = [], 0
+    for step in (1, 2, 3):
+        boxes = boxes_of(layout, dist.get_rank(), seed=step)
+        saver.start(step=step, tensors=boxes, state=STATE)
+        for _ in range(20):
+            number = torch.ones(1)
+            dist.all_reduce(number)
+            sums += int(saver.is_running)
+            assert number.item() == dist.get_world_size()
+        for tensor in boxes.values():
+            for view in tensor.boxes.values():
+                view.zero_()
+        outcome = saver.wait()
+        assert outcome is not None and outcome.problem is None, outcome
+        steps.append(outcome.step)
+    return steps, sums
+
+
+def fill_up_in_background(directory: Path, layout: Layout) -> list[str | None]:
+    """Saves three times; the disk of the last rank is full the second time. How each save ended."""
+    dist.init_process_group("gloo")
+    saver = BackgroundSaver(directory, model=MODEL, keep=0, group=dist.new_group(backend="gloo"))
+    write_all, problems = storage.write_all, []
+    for step in (1, 2, 3):
+        is_full = step == 2 and dist.get_rank() == dist.get_world_size() - 1
+        value = _fails_after(disk.write_all, calls=0) if is_full else write_all
+        setattr(storage, "write_all", value)  # noqa: B010
+        saver.start(step=step, tensors=boxes_of(layout, dist.get_rank()), state=STATE)
+        outcome = saver.wait()
+        assert outcome is not None
+        problems.append(outcome.problem)
+    return problems
+
+
+def grown_bytes_in_background(directory: Path, size_bytes: int) -> tuple[int, int]:
+    """What this process grew by, at most: once the memory for the copy was reserved, and after two saves."""
+    whole = torch.ones(size_bytes // (8 << 20), 2 << 20)
+    boxes = {(row, 0): whole[row : row + 1] for row in range(whole.shape[0])}
+    tensors = {"fp32/w": BoxedTensor("fp32/w", tuple(whole.shape), torch.float32, True, boxes)}
+    saver = BackgroundSaver(directory, model=MODEL, keep=1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is not ours
+    before = _peak_bytes()
+    saver.reserve(tensors)
+    reserved = _peak_bytes()
+    for step in (1, 2):
+        saver.start(step=step, tensors=tensors, state=STATE)
+        assert saver.wait() is not None
+    return reserved - before, _peak_bytes() - before
+
+
+def _peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def latest_on_rank(directory: Path) -> tuple[str, list[str]]:
@@ -71,6 +168,7 @@ def save_on_subgroup(directory: Path) -> tuple[str, int]:
 def full_disk_on_rank(directory: Path, layout: Layout, full_rank: int) -> tuple[str, str]:
     """Saves while the disk of one rank fills up in the middle of its file: (type, text) of the error."""
     dist.init_process_group("gloo")
+    storage.WRITE_BYTES = 4096
     if dist.get_rank() == full_rank:
         setattr(storage, "write_all", _fails_after(disk.write_all, calls=5))  # noqa: B010
     return error_of(lambda: save(directory, layout, 2))
@@ -127,6 +225,7 @@ MOMENTS = (
 
 
 def _arm(moment: str) -> None:
+    storage.WRITE_BYTES = 4096
     place, name, value = {
         "before the first byte": (storage.DataFile, "append", _die),
         "within a data file": (storage, "write_all", _dies_after(disk.write_all, calls=7)),

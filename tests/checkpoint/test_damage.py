@@ -58,6 +58,10 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
+def become_garbage(file: Path) -> None:
+    file.write_bytes(b'{"format": ' + os.urandom(file.stat().st_size))
+
+
 def append(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\0")
 
@@ -98,6 +102,7 @@ FAULTS = (
     Path.unlink,
     empty,
     append,
+    become_garbage,
     exchange,
     take_from_older,
     become_directory,
@@ -120,6 +125,9 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(
         lines: list[str] = []
         assert latest_checkpoint(directory, log=lines.append) == directory / "step-00000001"
         assert len(lines) == 1 and "step-00000002" in lines[0] and name in lines[0], lines
+        assert load(directory / "step-00000001", Layout(1, 1)) == (0, STATE)
+        with pytest.raises(DamagedError, match=f"step-00000002 is damaged .*{name}"):
+            dict(CheckpointReader(path, verify="first").read_all())
 
 
 def test_loading_reports_damage_without_a_digest(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Retention, replacement, and disks that are full or say no."""
+"""Replacement, and disks that are full or say no."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megallama.checkpoint import store
-from megallama.checkpoint.protocol import find_checkpoints, remove_old
+from megallama.checkpoint.protocol import find_checkpoints
 from megallama.checkpoint.verify import verify_checkpoint
 from megallama.host.errors import UserError
 from tests.checkpoint.ranks_at_work import (
@@ -23,29 +23,6 @@ from tests.checkpoint.synthetic import STATE, Layout
 from tests.ranks import run_ranks
 
 ONE, TWO = Layout(1, 1), Layout(1, 2)
-
-
-def test_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (5, 10, 15, 20):
-        save(tmp_path, ONE, step, keep=2)
-    assert find_checkpoints(tmp_path) == [15, 20]
-    save(tmp_path, ONE, 25, keep=0)
-    assert find_checkpoints(tmp_path) == [15, 20, 25]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{s:08d}" for s in (15, 20, 25)]
-
-
-def test_damaged_and_later_ones_do_not_count(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 9):
-        save(tmp_path, ONE, step)
-    os.truncate(tmp_path / "step-00000002" / "rank-00000.bin", 1)
-    save(tmp_path, ONE, 4, keep=2)
-    assert find_checkpoints(tmp_path) == [3, 4, 9]
-    os.truncate(tmp_path / "step-00000003" / "rank-00000.bin", 1)
-    save(tmp_path, ONE, 5, keep=2)
-    assert find_checkpoints(tmp_path) == [4, 5, 9]
-    os.truncate(tmp_path / "step-00000005" / "rank-00000.bin", 1)
-    remove_old(tmp_path, step=5, keep=1)
-    assert find_checkpoints(tmp_path) == [5, 9]
 
 
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:

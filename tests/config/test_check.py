@@ -140,13 +140,48 @@ RULES: list[tuple[list[str], str]] = [
     (["zero.stage=4"], "zero.stage (4) must be 0, 1, 2 or 3"),
     (["zero.stage=3", "zero.offload=true"], "zero.offload (true) needs zero.stage (3) 1 or 2"),
     (["zero.stage=0", "zero.offload=true"], "zero.offload (true) needs zero.stage (0) 1 or 2"),
+    (["zero.accumulate_micro_batches=2"], "zero.accumulate_micro_batches (2) needs zero.stage=2 (it is 1)"),
+    (["zero.stage=3", "zero.accumulate_micro_batches=2"], "stage 3 holds no room for whole gradients"),
+    (
+        ["zero.stage=2", "zero.accumulate_micro_batches=0"],
+        "zero.accumulate_micro_batches (0) must be at least 1",
+    ),
+    (
+        ["zero.stage=2", "zero.accumulate_micro_batches=999"],
+        "zero.accumulate_micro_batches (999) must be at most",
+    ),
     (["zero.stage=-1"], "zero.stage (-1) must be 0, 1, 2 or 3"),
     (["train.recompute_layers=1"], "train.recompute_layers (1) needs train.recompute=full (it is none)"),
     (["train.recompute=full", "train.recompute_layers=0"], "train.recompute_layers (0) must be"),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel (true) needs parallel.tp (1) above 1"),
     # data
     (["data.sources=[]"], "data.sources ([]) must name what to train on"),
-    (["data.sources=[{path: a, weight: 0}]"], "data.sources.0.weight (0 of "),
+    (["data.sources=[{path: a, weight: 0}]"], "data.sources have no weight above 0 (all are 0)"),
+    (["data.sources=[{path: a, weight: inf}]"], "data.sources.0.weight (inf) must be a finite number"),
+    (["data.sources=[{path: a, weight: -1}, {path: b}]"], "data.sources.0.weight (-1 of "),
+    (["data.sources=[{path: a, max_epochs: 0}]"], "data.sources.0.max_epochs (0 of "),
+    (
+        ["data.sources=[{path: a, max_epochs: nan}]"],
+        "data.sources.0.max_epochs (nan) must be a finite number",
+    ),
+    (["data.sources=[{path: a, validation_fraction: 1}]"], "data.sources.0.validation_fraction (1 of "),
+    (
+        ["data.validation=[{path: a, validation_fraction: 0.1}]"],
+        "data.validation.0.validation_fraction (0.1 of ",
+    ),
+    (
+        ["train.steps=9", "data.schedule=[{from_step: 9, sources: [a]}]"],
+        "data.schedule.0.from_step (9) must lie between 0 and train.steps (9)",
+    ),
+    (
+        ["data.schedule=[{from_step: 2, sources: [a]}, {from_step: 2, sources: [a]}]"],
+        "data.schedule.1.from_step (2) must lie between 2 and train.steps",
+    ),
+    (["data.schedule=[{from_step: 1}]"], "data.schedule.0.sources ([]) must name what to train on"),
+    (
+        ["data.schedule=[{from_step: 1, sources: [{path: a, weight: nan}]}]"],
+        "data.schedule.0.sources.0.weight (nan) must be a finite number",
+    ),
     (["data.validation=[{path: a, weight: -2}]"], "data.validation.0.weight (-2 of "),
 ]
 

@@ -93,7 +93,7 @@ def test_unknown_words_are_named_with_the_nearest(word: str, message: str) -> No
         ("model.num_kv_heads=x", "model.num_kv_heads ('x') has the wrong type: expected integer or null"),
         (
             "data.sources=corpus",
-            "data.sources ('corpus') has the wrong type: expected list of {path, weight}",
+            "data.sources ('corpus') has the wrong type: expected list of {path, weight, max_epochs",
         ),
         ("data.sources=[{path: a, weight: heavy}]", "data.sources.0.weight ('heavy') has the wrong type"),
         ("optim=3", "optim (3) must be a section of settings"),

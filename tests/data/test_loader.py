@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +22,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megallama.config.schema import (
     DataConfig,
     EvalConfig,
+    MixConfig,
     ModelConfig,
+    Packing,
     ParallelConfig,
     RunConfig,
     SourceConfig,
@@ -28,6 +33,7 @@ from megallama.config.schema import (
 from megallama.data.loader import DataLoader, MicroBatch, open_loader
 from megallama.data.prepare import prepare
 from megallama.data.stream import SampleStream
+from megallama.data.tokenizer import Tokenizer
 from megallama.host.errors import ConfigError, UserError
 
 
@@ -143,7 +149,7 @@ def test_a_stage_without_tokens_still_knows_the_documents(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (whole,) = loader_of(prefix, seq_len=32).batches(0)
-    monkeypatch.setattr(SampleStream, "sample", None)
+    monkeypatch.setattr(SampleStream, "read", None)
     config = config_of(prefix, seq_len=32)
     middle = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1, is_reading_tokens=False)
     (batch,) = middle.batches(0)
@@ -181,7 +187,7 @@ def test_steps_take_the_samples_one_after_another_whatever_the_batch_size(prefix
 
 def test_reading_ahead_happens_and_changes_nothing(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[int, str]] = []
-    plain = SampleStream.sample
+    plain = SampleStream.locate
 
     def watched(self: SampleStream, index: int) -> Any:
         read.append((index, threading.current_thread().name))
@@ -191,7 +197,7 @@ def test_reading_ahead_happens_and_changes_nothing(prefix: str, monkeypatch: pyt
     unwatched = loader_of(prefix)
     expected = [joined(unwatched.batches(step)) for step in range(6)]
     unwatched.close()
-    monkeypatch.setattr(SampleStream, "sample", watched)
+    monkeypatch.setattr(SampleStream, "locate", watched)
     loader = loader_of(prefix, steps=6)
     for step in (0, 1, 2, 5, 3, 3, 4, 5):
         assert torch.equal(joined(loader.batches(step)), expected[step])
@@ -267,3 +273,164 @@ def test_a_vocabulary_above_the_models_is_refused(corpus: Path, tokenizer_path: 
     small = dataclasses.replace(config, model=ModelConfig(vocab_size=499))
     with pytest.raises(ConfigError, match=r"has 500 token ids, model.vocab_size \(499\)"):
         open_loader(small, dp_rank=0, dp_size=1, num_micro_batches=1)
+
+
+def changed(config: RunConfig, **data: Any) -> RunConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+
+
+def open_one(config: RunConfig, **part: Any) -> DataLoader:
+    loader = open_loader(config, **{"dp_rank": 0, "dp_size": 1, "num_micro_batches": 1, **part})
+    _opened.append(loader)
+    return loader
+
+
+def rows(loader: DataLoader, steps: range) -> list[list[int]]:
+    return [row for step in steps for batch in loader.batches(step) for row in batch.tokens_BS.tolist()]
+
+
+def through_json(loader: DataLoader, step: int) -> Any:
+    return json.loads(json.dumps(loader.ledger(step)))
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+def test_a_resumed_loader_goes_on_under_another_batch_size_mix_and_dp_size(
+    prefix: str, tmp_path: Path, dp_size: int
+) -> None:
+    config = config_of(prefix)
+    first = open_one(config)
+    taken = rows(first, range(5))
+    assert len({row[0] for row in taken}) == 60, "210 windows: nothing comes twice"
+    other = write_tokens(tmp_path / "新", [list(range(2099, 1999, -1))])
+    config = changed(
+        config_of(prefix, global_batch_size=6), sources=[SourceConfig(path=prefix), SourceConfig(path=other)]
+    )
+    resumed = []
+    for rank in range(dp_size):
+        loader = open_one(config, dp_rank=rank, dp_size=dp_size)
+        loader.resume(through_json(first, 5), step=5, consumed_samples=60)
+        resumed.append(loader)
+    together = [
+        row for step in range(5, 15) for loader in resumed for row in rows(loader, range(step, step + 1))
+    ]
+    from_new = [row for row in together if sum(b < a for a, b in itertools.pairwise(row)) > 5]
+    assert 29 <= len(from_new) <= 31
+    assert not {tuple(row) for row in together if row not in from_new} & {tuple(row) for row in taken}
+    # And the steps before are still on record, as the older loader took them.
+    resumed[0].close()
+    assert resumed[0].ledger(15)["paces"] == [
+        {"first_step": 0, "first_sample": 0, "global_batch_size": 12},
+        {"first_step": 5, "first_sample": 60, "global_batch_size": 6},
+    ]
+
+
+def test_a_checkpoint_without_a_record_begins_anew_where_the_run_stands(prefix: str) -> None:
+    loader = open_one(config_of(prefix))
+    loader.resume(None, step=7, consumed_samples=84)
+    assert rows(loader, range(7, 9)) == rows(open_one(config_of(prefix)), range(2))
+
+
+def test_a_record_of_another_checkpoint_is_refused(prefix: str) -> None:
+    loader = open_one(config_of(prefix))
+    with pytest.raises(
+        UserError, match=r"\(step 5, 60 samples\) is not of this checkpoint \(step 6, 72 samples"
+    ):
+        loader.resume(loader.ledger(5), step=6, consumed_samples=72)
+
+
+def test_scheduled_mixes_take_over_at_their_step(prefix: str, tmp_path: Path) -> None:
+    other = write_tokens(tmp_path / "b", [list(range(2000, 2100))])
+    schedule = [MixConfig(from_step=3, sources=[SourceConfig(path=other)])]
+    loader = open_one(changed(config_of(prefix), schedule=schedule))
+    windows = open_one(config_of(other))
+    expected = {tuple(row) for row in rows(windows, range(1))}
+    assert {tuple(row) for row in rows(loader, range(3, 4))} == expected
+    assert rows(loader, range(3)) == rows(open_one(config_of(prefix)), range(3))
+
+
+def test_data_that_runs_out_is_told_before_the_first_step(prefix: str) -> None:
+    capped = changed(config_of(prefix, steps=18), sources=[SourceConfig(path=prefix, max_epochs=1.0)])
+    loader = open_one(capped)
+    with pytest.raises(UserError, match=r"the data runs out at step 17 of train.steps \(18\).*max_epochs"):
+        loader.check_enough()
+    assert len({tuple(row) for row in rows(loader, range(17))}) == 17 * 12
+    enough = open_one(changed(config_of(prefix, steps=17), sources=capped.data.sources))
+    enough.check_enough()
+
+
+def test_held_out_documents_are_evaluated_and_never_trained_on(prefix: str) -> None:
+    sources = [SourceConfig(path=prefix, validation_fraction=0.1)]
+    loader = open_one(changed(config_of(prefix), sources=sources))
+    trained = {token for row in rows(loader, range(30)) for token in row}
+    evaluated = [b.tokens_BS.tolist() for batches in loader.validation_batches() for b in batches]
+    assert max(trained) < 90 * 21 <= min(token for batch in evaluated for row in batch for token in row)
+    assert evaluated[0][0] == list(range(90 * 21, 90 * 21 + 10))
+
+
+def test_cut_documents_begin_every_sequence(prefix: str, tmp_path: Path) -> None:
+    config = config_of(prefix, seq_len=32, global_batch_size=5, run_dir=str(tmp_path / "运行"))
+    loader = open_one(changed(config, packing=Packing.cut))
+    taken = rows(loader, range(9))
+    assert all(row[0] % 21 == 0 for row in taken)
+    assert len({row[0] for row in taken}) == 45, "two documents a sequence of which the second is cut: 49 fit"
+    assert [path.suffix for path in sorted((tmp_path / "运行" / "data-index").iterdir())] == [
+        ".lock",
+        ".starts",
+    ]
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_labels_at_the_ends_of_documents_count_as_asked(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, cp: int
+) -> None:
+    report = prepare([corpus], tmp_path, tokenizer=tokenizer.path, workers=1)
+    config = config_of(str(report.train.prefix), seq_len=64)
+    config = dataclasses.replace(config, parallel=ParallelConfig(cp=cp))
+    for kept_eod, kept_next in ((False, True), (True, False), (False, False)):
+        asked = changed(config, loss_on_eod=kept_eod, loss_after_eod=kept_next)
+        left_out = 0
+        for rank in range(cp):
+            loader = open_one(asked, cp_rank=rank)
+            for batch in (batch for step in range(4) for batch in loader.batches(step)):
+                ends, after = batch.labels_BS == tokenizer.eod_id, batch.tokens_BS == tokenizer.eod_id
+                expected = ~((ends & (not kept_eod)) | (after & (not kept_next)))
+                assert torch.equal(batch.loss_mask_BS, expected.float())
+                left_out += int((~expected).sum())
+        assert left_out > 3
+
+
+def test_the_end_of_document_token_must_be_known_to_leave_it_out(prefix: str) -> None:
+    with pytest.raises(UserError, match=r"data.loss_on_eod \(false\) needs the manifest of data source"):
+        open_one(changed(config_of(prefix), loss_on_eod=False))
+
+
+def test_a_context_parallel_rank_reads_its_own_part_only(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, read = SampleStream.read, list[tuple[int, int]]()
+
+    def watched(self: SampleStream, located: Any, start: int, stop: int) -> Any:
+        read.append((start, stop))
+        return plain(self, located, start, stop)
+
+    monkeypatch.setattr(SampleStream, "read", watched)
+    config = dataclasses.replace(config_of(prefix, seq_len=32), parallel=ParallelConfig(cp=2))
+    open_one(config, cp_rank=1, dp_rank=1, dp_size=4).batches(999)
+    assert read == [(8, 17), (16, 25)] * 3, "the rank's three sequences, two chunks and one label more each"
+
+
+def test_an_error_of_the_reading_thread_reaches_the_trainer(prefix: str, tmp_path: Path) -> None:
+    documents = np.arange(2100).reshape(100, 21).tolist()
+    documents[50][3] = 5000
+    loader = open_one(config_of(write_tokens(tmp_path / "a", documents), steps=18))
+    with pytest.raises(UserError, match=r"token id 5000 in .*a \(document 50, offset 3\)"):
+        for step in range(18):
+            loader.batches(step)
+
+
+def test_two_sources_with_the_same_content_are_refused(prefix: str, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(prefix + suffix, tmp_path / f"b{suffix}")
+    twice = [SourceConfig(path=prefix), SourceConfig(path=str(tmp_path / "b"))]
+    with pytest.raises(UserError, match=r"train and .*b hold the same data: leave one out"):
+        open_one(changed(config_of(prefix), sources=twice))

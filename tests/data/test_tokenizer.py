@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from megallama.data import tokenizer as tokenizer_module
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.data.tokenizer_interface import PieceKind
 from megallama.host.errors import UserError
 from tests.data.conftest import CHINESE, make_text
 
@@ -87,6 +88,58 @@ def test_special_tokens_are_neither_read_from_text_nor_shown(any_tokenizer: Toke
     assert any_tokenizer.decode([any_tokenizer.eod_id, *any_tokenizer.encode("中文")]) == "中文"
 
 
+@pytest.mark.parametrize("text", TRICKY)
+def test_tokens_stand_for_the_bytes_of_the_text(any_tokenizer: Tokenizer, text: str) -> None:
+    ids = any_tokenizer.encode(text)
+    assert b"".join(any_tokenizer.surface(i) for i in ids) == text.encode()
+    assert b"".join(any_tokenizer.surface(i) for i in any_tokenizer.split(text.encode())) == text.encode()
+
+
+def test_each_token_has_a_kind_and_splits_into_its_own_bytes(any_tokenizer: Tokenizer) -> None:
+    kinds = [any_tokenizer.kind(token) for token in range(any_tokenizer.vocab_size)]
+    assert kinds.count(PieceKind.byte) == 256 and PieceKind.normal in kinds
+    for token, kind in enumerate(kinds):
+        surface = any_tokenizer.surface(token)
+        assert bool(surface) is (kind is not PieceKind.special)
+        assert b"".join(any_tokenizer.surface(i) for i in any_tokenizer.split(surface)) == surface
+    assert any_tokenizer.kind(any_tokenizer.eod_id) is PieceKind.special
+    assert len(any_tokenizer.split("中".encode()[:2])) == 2
+
+
+def save_llama_like(path: Path) -> Path:
+    """A tokenizer.json as LLaMA 2's: a space mark before the text, bytes for what is unknown."""
+    vocabulary = {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        "\u2581": 3,
+        "中": 4,
+        "国": 5,
+        "\u2581中": 6,
+        "a": 7,
+        "\u2581a": 8,
+    }
+    vocabulary |= {f"<0x{byte:02X}>": 9 + byte for byte in range(256)}
+    merges = [("\u2581", "中"), ("\u2581", "a")]
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(path))
+    return path
+
+
+def test_the_space_before_a_text_is_no_part_of_a_word_inside_it(tmp_path: Path) -> None:
+    loaded = load_tokenizer(save_llama_like(tmp_path / "tokenizer.json"))
+    assert loaded.encode("中国") == [6, 5]
+    assert loaded.split("中国".encode()) == [4, 5]
+    assert loaded.split(" 中".encode()) == [6]
+    assert loaded.split("好".encode()) == [9 + byte for byte in "好".encode()]
+    assert loaded.surface(6) == " 中".encode() and loaded.surface(9 + 0xE4) == b"\xe4"
+
+
 def test_ids_outside_the_vocabulary_are_refused(any_tokenizer: Tokenizer) -> None:
     with pytest.raises(IndexError):
         any_tokenizer.decode([any_tokenizer.vocab_size])
@@ -157,7 +210,6 @@ def _without_end(path: Path) -> None:
             "not a readable sentencepiece",
         ),
         ("empty.model", lambda path: path.write_bytes(b""), "not a readable sentencepiece"),
-        ("tiktoken.model", lambda path: path.write_bytes(b"IQ== 0\nIg== 1\n"), "tiktoken"),
         ("damaged.json", lambda path: path.write_text("{"), "not a readable tokenizer.json"),
         ("other.json", lambda path: path.write_text("{}"), "not a readable tokenizer.json"),
         ("words.vocab", lambda path: path.write_text("x"), "unknown kind"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megallama.data.tokenizer import load_tokenizer
+from megallama.data.tokenizer_interface import PieceKind
 from megallama.data.tokenizer_training import sample_lines, train_tokenizer
 from megallama.host.errors import UserError
 from tests.data.conftest import CHINESE
@@ -95,6 +96,40 @@ def test_impossible_settings_say_what_to_change(
     with pytest.raises(UserError, match=message):
         train_tokenizer([corpus], tmp_path / "out", **{"vocab_size": 400, **options})  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_user_symbols_are_one_token_wherever_they_stand(corpus: Path, tmp_path: Path) -> None:
+    symbols = ["<|用户|>", "##"]
+    path = train_tokenizer([corpus], tmp_path, vocab_size=390, user_symbols=symbols)
+    loaded = load_tokenizer(path)
+    labels = [loaded.label(i) for i in loaded.encode("a##中<|用户|>模型")]
+    assert [label for label in labels if label in symbols] == ["##", "<|用户|>"]
+    assert {loaded.kind(i) for i in loaded.encode("##")} == {PieceKind.user}
+
+
+@pytest.mark.parametrize("symbol", ["", " ", "a\u2581b", "</s>"])
+def test_symbols_that_cannot_be_tokens_are_refused(corpus: Path, tmp_path: Path, symbol: str) -> None:
+    with pytest.raises(UserError, match="user symbol"):
+        train_tokenizer([corpus], tmp_path / "out", vocab_size=390, user_symbols=[symbol])
+    with pytest.raises(UserError, match="given twice"):
+        train_tokenizer([corpus], tmp_path / "out", vocab_size=390, user_symbols=["甲", "甲"])
+
+
+def test_normalization_and_byte_fallback_are_choices(corpus: Path, tmp_path: Path) -> None:
+    wide = load_tokenizer(train_tokenizer([corpus], tmp_path / "wide", vocab_size=390, normalization="nfkc"))
+    assert wide.decode(wide.encode("模型，Ａ")) == "模型,A"
+    plain = load_tokenizer(train_tokenizer([corpus], tmp_path / "plain", vocab_size=134, byte_fallback=False))
+    assert PieceKind.byte not in {plain.kind(i) for i in range(134)}
+    assert "龘" not in plain.decode(plain.encode("龘"))
+
+
+def test_progress_is_told_while_the_sample_is_taken(corpus: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    train_tokenizer(
+        [corpus], tmp_path, vocab_size=390, progress=lambda done, total: told.append((done, total))
+    )
+    size = sum(path.stat().st_size for path in corpus.rglob("*.txt"))
+    assert told == sorted(told) and told[-1] == (size, size) and len(told) == 40
 
 
 def test_what_train_said_is_possible_is_possible(corpus: Path, tmp_path: Path) -> None:

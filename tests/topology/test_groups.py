@@ -13,7 +13,8 @@ from tests.ranks import run_ranks
 
 def groups_of(parallel):
     with connect(parallel, environment=read_launch_environment()) as topology:
-        fields = ("tp_group", "pp_group", "dp_group", "dp_cp_group", "tp_pp_group", "own_group", "host_group")
+        axes = ("tp_group", "cp_group", "pp_group", "dp_group", "dp_cp_group", "tp_pp_group")
+        fields = (*axes, "own_group", "host_group", "save_group")
         ranks = {name: sorted(dist.get_process_group_ranks(getattr(topology, name))) for name in fields}
         place = tuple(getattr(topology, f"{axis}_rank") for axis in AXES)
         stage = (topology.is_first_stage, topology.is_last_stage)
@@ -48,12 +49,14 @@ def test_groups_equal_the_grid(world_size, parallel):
         assert stage == (wanted.pp == 0, wanted.pp == grid.pp - 1)
         assert ranks == {
             "tp_group": grid.group_of(rank, "tp"),
+            "cp_group": grid.group_of(rank, "cp"),
             "pp_group": grid.group_of(rank, "pp"),
             "dp_group": grid.group_of(rank, "dp"),
             "dp_cp_group": grid.group_of(rank, "dp", "cp"),
             "tp_pp_group": grid.group_of(rank, "tp", "pp"),
             "own_group": [rank],
             "host_group": list(range(world_size)),
+            "save_group": list(range(world_size)),
         }
         replicas = grid.group_of(rank, "dp", "cp")
         assert deepspeed == (

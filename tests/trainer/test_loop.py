@@ -44,6 +44,23 @@ class Recorder(Hook):
         self.events.append(("finish", state.step))
 
 
+class FakeSaver:
+    def __init__(self):
+        self.events = []
+
+    def reserve(self):
+        self.events.append("reserve")
+
+    def save(self, state):
+        self.events.append(state.step)
+
+    def save_now(self, state):
+        self.events.append(("now", state.step))
+
+    def finish(self):
+        self.events.append("finish")
+
+
 def trainer(engine, hooks, *, steps=3, state=None):
     return Trainer(
         engine,
@@ -72,14 +89,11 @@ def test_a_resumed_run_takes_only_what_is_left():
 
 
 def test_checkpoints_at_the_interval_and_at_the_end_once():
-    saved = []
-    trainer(
-        FakeEngine(), [CheckpointHook(lambda s: saved.append(s.step), interval=2, last_step=4)], steps=4
-    ).fit()
-    assert saved == [2, 4]
-    saved.clear()
-    trainer(FakeEngine(), [CheckpointHook(lambda s: saved.append(s.step), interval=0, last_step=3)]).fit()
-    assert saved == [3]
+    for interval, steps, wanted in ((2, 4, [2, ("now", 4)]), (2, 3, [2, ("now", 3)]), (0, 3, [("now", 3)])):
+        saver = FakeSaver()
+        hook = CheckpointHook(saver, interval=interval, last_step=steps)
+        trainer(FakeEngine(), [hook], steps=steps).fit()
+        assert saver.events == ["reserve", *wanted, "finish"]
 
 
 def test_evaluation_is_the_mean_over_tokens():
@@ -92,11 +106,11 @@ def test_evaluation_is_the_mean_over_tokens():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_diverged_step_ends_the_run_before_it_is_saved(bad):
-    saved, recorder = [], Recorder()
-    hooks = [recorder, GuardHook(), CheckpointHook(lambda s: saved.append(s.step), interval=1, last_step=3)]
+    saver, recorder = FakeSaver(), Recorder()
+    hooks = [recorder, GuardHook(), CheckpointHook(saver, interval=1, last_step=3)]
     with pytest.raises(UserError, match="step 2 diverged"):
         trainer(FakeEngine({1: (bad, False)}), hooks).fit()
-    assert saved == [1]
+    assert saver.events == ["reserve", 1, "finish"], "a save under way is completed"
     assert recorder.events[-1] == ("finish", 2)
 
 
@@ -105,10 +119,10 @@ def test_a_step_skipped_by_fp16_is_no_divergence():
 
 
 def test_a_stop_request_saves_and_ends():
-    saved, requests = [], iter([False, True])
-    job = trainer(FakeEngine(), [StopHook(lambda: next(requests), lambda s: saved.append(s.step))])
+    saver, requests = FakeSaver(), iter([False, True])
+    job = trainer(FakeEngine(), [StopHook(lambda: next(requests), saver)])
     assert job.fit() is False
-    assert saved == [2] and job.state.step == 2
+    assert saver.events == [("now", 2)] and job.state.step == 2
 
 
 def test_state_survives_json_and_refuses_strangers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from megallama.config.load import load_config
 from megallama.host.errors import ConfigError, UserError
 from megallama.verify.layouts import change, legal_layouts, parse_layouts, problems_of
 from megallama.verify.shrink import shrink
-from megallama.verify.verify import check_layouts, default_layouts
+from megallama.verify.verify import check_layouts, default_layouts, verify
 from tests.matrix import base, covering_set, full_matrix, pairs_of
 
 
@@ -79,11 +80,25 @@ def test_a_covering_set_has_every_pair_of_the_matrix():
     assert set().union(*map(pairs_of, chosen)) == set().union(*map(pairs_of, layouts))
 
 
-@pytest.mark.parametrize("exp", ["llama2_7b", "llama3_8b", "llama3_70b", "llama3_405b"])
+EXPERIMENTS = sorted(
+    path.stem for path in (Path(__file__).parents[2] / "conf" / "exp").glob("*.yaml") if path.stem != "demo"
+)
+
+
+def shrunk(config, layouts):
+    """The small run, which every layout must be able to cut."""
+    small = change(shrink(config, layouts, steps=5), {"data.sources": ["tokens"]})
+    for layout in layouts:
+        cut = layout.apply(small)
+        assert problems_of(cut, world_size=layout.world_size(cut)) == [], layout.name
+    return small
+
+
+@pytest.mark.parametrize("exp", EXPERIMENTS)
 def test_shrinking_keeps_the_structure(exp):
     config = load_config([f"+exp={exp}"])
     layouts = default_layouts(config) + parse_layouts("tp=4,sp=true,dp=2;pp=4,vp=2")
-    small = shrink(config, layouts, steps=5)
+    small = shrunk(config, layouts)
     big, model = config.model, small.model
     ratio = big.num_heads // (big.num_kv_heads or big.num_heads)
     assert model.num_heads // (model.num_kv_heads or model.num_heads) == ratio
@@ -92,10 +107,31 @@ def test_shrinking_keeps_the_structure(exp):
     assert (model.vocab_size % model.vocab_multiple == 0) == (big.vocab_size % big.vocab_multiple == 0)
     assert small.train.recompute == config.train.recompute and small.optim.clip == config.optim.clip
     assert model.hidden_size <= 64 and model.num_layers <= 9
-    small = change(small, {"data.sources": ["tokens"]})
-    for layout in layouts:
-        cut = layout.apply(small)
-        assert problems_of(cut, world_size=layout.world_size(cut)) == [], layout.name
+
+
+@pytest.mark.parametrize("exp", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "text", ["cp=2,cp_kind=ulysses,pp=2", "tp=2,sp=true,cp=4,cp_kind=ulysses", "cp=8,cp_kind=ulysses;tp=4"]
+)
+def test_shrinking_leaves_ulysses_heads_to_exchange(exp, text):
+    config = load_config([f"+exp={exp}"])
+    layouts = parse_layouts(text)
+    check_layouts(config, layouts)
+    small = shrunk(config, layouts)
+    parallel = layouts[0].apply(small).parallel
+    ranks = parallel.tp * parallel.cp
+    few, many = small.model, config.model
+    assert few.num_heads % ranks == 0
+    assert ((few.num_kv_heads or few.num_heads) % ranks == 0) == (
+        (many.num_kv_heads or many.num_heads) % ranks == 0
+    )
+
+
+@pytest.mark.parametrize("text", ["dp=2,gbs=5", "cp=2,train.seq_len=64"])
+def test_a_setting_that_the_small_run_cannot_have_is_refused_before_anything_runs(text):
+    config = load_config(["+exp=llama2_7b"])
+    with pytest.raises(ConfigError, match="made small"):
+        next(verify(config, parse_layouts(text)))
 
 
 def test_shrinking_keeps_the_padding_of_the_vocabulary():

@@ -1,0 +1,67 @@
+"""Weights to start from: what `train.init_from` may name, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megallama.checkpoint.facts import model_differences, model_facts
+from megallama.checkpoint.protocol import (
+    check_sizes,
+    find_checkpoints,
+    is_complete,
+    is_step_name,
+    read_index,
+    read_manifest,
+    step_name,
+)
+from megallama.checkpoint.record import MANIFEST_FILE, damage_at
+from megallama.config.schema import ModelConfig
+from megallama.host.errors import UserError
+
+
+def source_problems(path: Path, *, model: ModelConfig, own: Path) -> list[str]:
+    """Why a run of `model` cannot start from the weights at `path`; none where it can, or need not.
+
+    Data files are not digested, every rank may call this at once; loading does it.
+
+    Args:
+        path: A checkpoint, or a run folder.
+        model: The model of the run.
+        own: The run's own checkpoints, which go before.
+    """
+    if find_checkpoints(own):
+        return []
+    try:
+        checkpoint = _candidate(path)
+        with damage_at(checkpoint):
+            manifest = read_manifest(checkpoint)
+            check_sizes(checkpoint, manifest)
+            read_index(checkpoint, manifest)
+    except UserError as error:
+        return [f"train.init_from ({path}): {error}"]
+    except OSError as error:
+        return [f"train.init_from ({path}) cannot be read ({error.strerror}): check its permissions"]
+    differences = model_differences(manifest.model, model_facts(model))
+    if differences:
+        return [
+            f"train.init_from ({path}) holds another model ({'; '.join(differences)}):"
+            " set these values as they are there, or choose another checkpoint"
+        ]
+    return []
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` names one checkpoint rather than a folder of several."""
+    return is_step_name(path.name) or (path / MANIFEST_FILE).exists()
+
+
+def _candidate(path: Path) -> Path:
+    """The checkpoint itself, or the newest of a run folder whose files are all there."""
+    if is_checkpoint(path):
+        return path
+    for directory in (path / "checkpoints", path):
+        steps = find_checkpoints(directory)
+        paths = [directory / step_name(step) for step in reversed(steps)]
+        if paths:
+            return next((candidate for candidate in paths if is_complete(candidate)), paths[0])
+    raise UserError("there is no checkpoint: give a step-... directory or the train.run_dir of a run")

@@ -1,0 +1,77 @@
+"""A copy of what this rank writes, in host memory, so that training may go on while it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from megallama.checkpoint.boxes import BoxedTensor, Ints
+from megallama.checkpoint.record import ALIGNMENT_BYTES
+from megallama.host.errors import UserError
+
+
+class Staging:
+    """One block of host memory, used again by every save; page-locked where the state lies on a GPU.
+
+    It is as large as this rank's part of a checkpoint and no larger.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of the host's memory."""
+        return self._memory.nbytes
+
+    def reserve(self, tensors: Mapping[str, BoxedTensor]) -> None:
+        """Take the memory for `tensors` now, so that a host that lacks it is known before the first save.
+
+        Raises:
+            UserError: the host does not have it.
+        """
+        views = [view for _, _, view in _written(tensors)]
+        needed = sum(_padded(view.nbytes) for view in views)
+        if needed <= self.size_bytes:
+            return
+        is_pinned = any(view.is_cuda for view in views)
+        try:
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            # Zeroed, not only allocated: the first save should not be the one that waits for the pages.
+            self._memory = torch.zeros(needed, dtype=torch.uint8, pin_memory=is_pinned)
+        except RuntimeError as error:
+            raise UserError(
+                f"host memory for background saves ({needed} bytes on this rank) is not there: set"
+                " checkpoint.async_save=false, or let more ranks share the optimizer state"
+            ) from error
+
+    def copy(self, tensors: Mapping[str, BoxedTensor]) -> dict[str, BoxedTensor]:
+        """What this rank writes of `tensors`, copied; valid until the next call. On return the source may change."""
+        self.reserve(tensors)
+        staged: dict[str, BoxedTensor] = {}
+        position, has_cuda = 0, False
+        for tensor, offset, view in _written(tensors):
+            place = self._memory[position : position + view.nbytes].view(view.dtype).view(view.shape)
+            place.copy_(view.detach(), non_blocking=True)
+            position += _padded(view.nbytes)
+            has_cuda |= view.is_cuda
+            copy = staged.setdefault(
+                tensor.key, BoxedTensor(tensor.key, tensor.global_shape, tensor.dtype, True, {})
+            )
+            copy.boxes[offset] = place
+        if has_cuda:
+            torch.cuda.current_stream().synchronize()
+        return staged
+
+
+def _written(tensors: Mapping[str, BoxedTensor]) -> Iterator[tuple[BoxedTensor, Ints, torch.Tensor]]:
+    """The boxes that this rank writes, in the order in which they are written."""
+    for _, tensor in sorted(tensors.items()):
+        if tensor.is_owner:
+            yield from ((tensor, offset, view) for offset, view in tensor.boxes.items())
+
+
+def _padded(size_bytes: int) -> int:
+    return math.ceil(size_bytes / ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -1,0 +1,50 @@
+"""`megallama data`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from megallama.commands.parser import Commands
+
+
+def add(commands: Commands) -> None:
+    """Add `megallama data` to the command line."""
+    data = commands.add_parser("data", help="look at what a run was trained on")
+    parts = data.add_subparsers(metavar="COMMAND", required=True)
+    trace = parts.add_parser("trace", help="the sequences of a step: source, file, document, text")
+    trace.add_argument("run_dir", type=Path)
+    trace.add_argument("--step", type=int, required=True, help="as the metrics count it; the first one is 1")
+    trace.add_argument("--row", type=int, default=None, help="only this sequence of the global batch, from 0")
+    trace.add_argument("--chars", type=int, default=60, help="characters of text of each document")
+    trace.add_argument("--json", action="store_true", help="one line of JSON a sequence")
+    trace.set_defaults(command=_trace)
+
+
+def _trace(options: argparse.Namespace) -> None:
+    from megallama.data.trace import trace_step
+
+    rows = None if options.row is None else range(options.row, options.row + 1)
+    for sequence in trace_step(options.run_dir, step=options.step, rows=rows, chars=options.chars):
+        if options.json:
+            print(json.dumps(sequence.to_plain(), ensure_ascii=False))
+            continue
+        print(
+            f"row {sequence.row}  sample {sequence.sample}  {sequence.source}"
+            f"  epoch {sequence.epoch}  place {sequence.place}"
+        )
+        for part in sequence.documents:
+            place = part.place
+            shown = "ids " + " ".join(map(str, part.ids)) if part.text is None else _one_line(part.text)
+            origin = f"  from {part.origin}" if part.origin else ""
+            print(
+                f"  {part.position:6} +{part.tokens:<6} {place.file}  document {place.document}"
+                f"  token {place.offset}{origin}"
+            )
+            print(f"         {shown}")
+
+
+def _one_line(text: str) -> str:
+    """The text with line ends and tabs as escapes; all else, Chinese too, as it is."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,92 @@
+"""Where windows begin when documents are cut: one number a window, in a file that ranks share.
+
+The file is worked out in one pass over the documents, in bounded memory. One process of a machine does
+it while the others wait for its lock; without locks (some network file systems) each writes its own and
+the last rename wins, which is harmless since all are equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megallama.data.source import TokenSource
+from megallama.host.errors import UserError
+
+_WINDOWS_AT_ONCE = 1 << 16
+_NUMBER = np.dtype("<i8")
+
+
+def load_window_starts(source: TokenSource, *, seq_len: int, folder: Path) -> npt.NDArray[np.int64]:
+    """First token of each window of `source`, mapped from a file in `folder`, which is made if it is missing.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = folder / f"{source.identity}-{seq_len}.starts"
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with _lock(path.with_suffix(".lock")):
+                if not path.exists():
+                    _write(path, source, seq_len)
+        if path.stat().st_size == 0:
+            return np.empty(0, dtype=np.int64)
+        return np.memmap(path, dtype=_NUMBER, mode="r")
+    except OSError as error:
+        raise UserError(
+            f"index of data source {source.name} cannot be kept in {folder} ({error.strerror}): free space there"
+            " or choose another train.run_dir"
+        ) from error
+
+
+def window_starts(source: TokenSource, *, seq_len: int) -> Iterator[int]:
+    """First token of each window: a document's beginning, and so on with the first one at or after its end."""
+    due = 0
+    for starts in source.document_starts_in_parts():
+        at = int(np.searchsorted(starts, due))
+        while at < len(starts):
+            start = int(starts[at])
+            if start + seq_len + 1 > source.num_tokens:
+                return
+            yield start
+            due = start + seq_len
+            at = int(np.searchsorted(starts, due))
+
+
+def _write(path: Path, source: TokenSource, seq_len: int) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as stream:
+            part: list[int] = []
+            for start in window_starts(source, seq_len=seq_len):
+                part.append(start)
+                if len(part) == _WINDOWS_AT_ONCE:
+                    _flush(stream, part)
+            _flush(stream, part)
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _flush(stream: BinaryIO, part: list[int]) -> None:
+    stream.write(np.array(part, dtype=_NUMBER).tobytes())
+    part.clear()
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with open(path, "ab") as stream:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,152 @@
+"""When a run is saved, and what a failed save means for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megallama.checkpoint.background import BackgroundSaver
+from megallama.checkpoint.boxes import BoxedTensor, build_boxes
+from megallama.config.schema import CheckpointConfig
+from megallama.engine.build import Engine
+from megallama.topology.groups import Topology
+from megallama.trainer.hooks import Hook, StepReport
+from megallama.trainer.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves this run, each step at most once. Every rank calls the same methods in the same order.
+
+    Args:
+        directory: The checkpoints of this run.
+        config: When, and how many are kept.
+        topology: Groups of this rank.
+        engine: What is saved.
+        model: What must agree for a checkpoint to be of this model.
+        describe: What else belongs to a checkpoint after that many steps: plain JSON by key.
+        resumed_step: The checkpoint that this run resumed from, read and found intact; None for a new run.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        topology: Topology,
+        *,
+        engine: Engine,
+        model: Mapping[str, Any],
+        describe: Callable[[int], Mapping[str, Any]],
+        resumed_step: int | None,
+    ) -> None:
+        self._config = config
+        self._is_first = topology.rank == 0
+        self._engine = engine
+        self._describe = describe
+        self._saved_step = resumed_step
+        self._failures = 0
+        self._has_warned_of_waiting = False
+        self._numbers: dict[str, float] = {}
+        self._background = BackgroundSaver(
+            directory,
+            model=model,
+            keep=config.keep,
+            keep_every=config.keep_every,
+            verified=set() if resumed_step is None else {resumed_step},
+            group=topology.save_group,
+        )
+
+    def reserve(self) -> None:
+        """Take the memory that background saves need, if there will be any."""
+        if self._config.async_save and self._config.interval > 0:
+            self._background.reserve(self._tensors())
+
+    def save(self, state: TrainState) -> None:
+        """Save in the background, or at once where the configuration says so; unless this step is saved already."""
+        if not self._config.async_save:
+            self.save_now(state)
+            return
+        began = time.perf_counter()
+        self._wait_for_room()
+        waited = time.perf_counter()
+        if state.step != self._saved_step:
+            self._background.start(step=state.step, tensors=self._tensors(), state=self._state(state))
+            self._saved_step = state.step
+        self._numbers["checkpoint/wait_ms"] = 1e3 * (waited - began)
+        self._numbers["checkpoint/stall_ms"] = 1e3 * (time.perf_counter() - began)
+
+    def save_now(self, state: TrainState) -> None:
+        """Finish the save under way, and have this step on the disk on return.
+
+        Raises:
+            UserError: it cannot be saved.
+        """
+        self.finish()
+        if state.step == self._saved_step:
+            return
+        began = time.perf_counter()
+        self._background.save_now(step=state.step, tensors=self._tensors(), state=self._state(state))
+        self._saved_step = state.step
+        self._numbers["checkpoint/stall_ms"] = 1e3 * (time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one, and report it."""
+        outcome = self._background.wait()
+        if outcome is None:
+            return
+        if outcome.problem is None:
+            self._numbers["checkpoint/save_s"] = outcome.seconds
+            log.info("saved step %d in %.1f s", outcome.step, outcome.seconds)
+            return
+        if self._saved_step == outcome.step:
+            self._saved_step = None
+        self._failures += 1
+        self._numbers["checkpoint/failures"] = self._failures
+        if self._is_first:
+            log.warning("step %d was not saved, training goes on: %s", outcome.step, outcome.problem)
+
+    def take_numbers(self) -> dict[str, float]:
+        """Metrics of saves since the last call."""
+        if not self._background.is_running:
+            self.finish()
+        numbers, self._numbers = self._numbers, {}
+        return numbers
+
+    def _wait_for_room(self) -> None:
+        """One save at a time: a step that is due before the last save has ended waits for it."""
+        is_late, began = self._background.is_running, time.perf_counter()
+        self.finish()
+        waited_s = time.perf_counter() - began
+        if is_late and self._is_first and not self._has_warned_of_waiting:
+            self._has_warned_of_waiting = True
+            log.warning(
+                "a save takes longer than checkpoint.interval (%d steps): training waited %.1f s for it;"
+                " raise checkpoint.interval",
+                self._config.interval,
+                waited_s,
+            )
+
+    def _tensors(self) -> dict[str, BoxedTensor]:
+        return build_boxes(self._engine.fragments(), self._engine.layout)
+
+    def _state(self, state: TrainState) -> dict[str, Any]:
+        return {
+            "progress": dict(state.to_json()),
+            "engine": dict(self._engine.counters()),
+            **self._describe(state.step),
+        }
+
+
+class SaveReportHook(Hook):
+    """Adds the numbers of saves to the first step after them; comes before the hook that records metrics."""
+
+    def __init__(self, saver: Saver) -> None:
+        self._saver = saver
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        """Add what there is."""
+        report.numbers.update(self._saver.take_numbers())

@@ -1,0 +1,150 @@
+"""When a run is saved and what a failed save means: with a fake background, so that time stands still."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megallama.checkpoint.background import SaveOutcome
+from megallama.config.schema import CheckpointConfig
+from megallama.engine.step import StepResult
+from megallama.host.errors import UserError
+from megallama.trainer import saver as saver_module
+from megallama.trainer.hooks import StepReport
+from megallama.trainer.saver import Saver, SaveReportHook
+from megallama.trainer.state import TrainState
+
+
+class FakeBackground:
+    """Saves when told to; `ends` has how."""
+
+    def __init__(self, directory: Any, **settings: Any) -> None:
+        self.settings = settings
+        self.events: list[Any] = []
+        self.running: int | None = None
+        self.is_running = False
+        self.problems: dict[int, str] = {}
+
+    def reserve(self, tensors: Any) -> None:
+        self.events.append("reserve")
+
+    def start(self, *, step: int, tensors: Any, state: Any) -> None:
+        assert self.running is None
+        self.events.append(("start", step, state["progress"]["step"]))
+        self.running, self.is_running = step, True
+
+    def wait(self) -> SaveOutcome | None:
+        if self.running is None:
+            return None
+        step, self.running, self.is_running = self.running, None, False
+        self.events.append(("end", step))
+        return SaveOutcome(step, 1.5, self.problems.get(step))
+
+    def save_now(self, *, step: int, tensors: Any, state: Any) -> None:
+        assert self.running is None
+        self.events.append(("now", step))
+        if step in self.problems:
+            raise UserError(self.problems[step])
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(saver_module, "BackgroundSaver", FakeBackground)
+    monkeypatch.setattr(saver_module, "build_boxes", lambda fragments, layout: {})
+
+    def make(*, resumed_step: int | None = None, **settings: Any) -> tuple[Saver, FakeBackground]:
+        engine: Any = SimpleNamespace(fragments=list, layout={}, counters=dict)
+        topology: Any = SimpleNamespace(rank=0, save_group=None)
+        config = CheckpointConfig(interval=2, **settings)
+        saver = Saver(
+            None, config, topology, engine=engine, model={}, describe=lambda _: {}, resumed_step=resumed_step
+        )  # type: ignore[arg-type]
+        return saver, saver._background  # type: ignore[return-value]
+
+    return make
+
+
+def at(step: int) -> TrainState:
+    return TrainState(step=step)
+
+
+def test_a_save_that_is_due_waits_for_the_one_before(build: Any, caplog: pytest.LogCaptureFixture) -> None:
+    saver, background = build()
+    for step in (2, 4, 6):
+        saver.save(at(step))
+    saver.finish()
+    wanted = [("start", 2, 2), ("end", 2), ("start", 4, 4), ("end", 4), ("start", 6, 6), ("end", 6)]
+    assert background.events == wanted
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(lines) == 1 and "longer than checkpoint.interval (2 steps)" in lines[0], "said once"
+
+
+def test_the_end_of_the_run_is_on_the_disk(build: Any) -> None:
+    saver, background = build()
+    saver.save(at(2))
+    saver.save_now(at(3))
+    saver.save_now(at(3))
+    assert background.events == [("start", 2, 2), ("end", 2), ("now", 3)], "each step once"
+    saver, background = build()
+    saver.save(at(2))
+    saver.save_now(at(2))
+    assert background.events == [("start", 2, 2), ("end", 2)], "a stop at a step that is being saved"
+
+
+def test_a_failed_save_is_told_once_and_training_goes_on(
+    build: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver, background = build()
+    background.problems = {2: "no room for the checkpoint at X: free some space"}
+    hook = SaveReportHook(saver)
+    numbers = []
+    for step in (1, 2, 3, 4, 5):
+        report = StepReport(StepResult(1.0, 1.0, 0.1, 8, 1.0, False), seconds=0.1)
+        hook.after_step(at(step), report)
+        numbers.append({key: value for key, value in report.numbers.items() if not key.endswith("_ms")})
+        if step % 2 == 0:
+            saver.save(at(step))
+            background.is_running = step == 4  # the first one ends at once
+    assert numbers == [{}, {}, {"checkpoint/failures": 1}, {}, {}]
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert lines == [
+        "step 2 was not saved, training goes on: no room for the checkpoint at X: free some space"
+    ]
+    saver.finish()
+    assert saver.take_numbers()["checkpoint/save_s"] == 1.5
+
+
+def test_a_step_whose_save_failed_is_saved_at_the_end(build: Any) -> None:
+    saver, background = build()
+    background.problems = {4: "full"}
+    saver.save(at(4))
+    with pytest.raises(UserError, match="full"):
+        saver.save_now(at(4))
+    background.problems = {}
+    saver.save_now(at(4))
+    assert background.events == [("start", 4, 4), ("end", 4), ("now", 4), ("now", 4)]
+
+
+def test_without_background_training_stands_still(build: Any) -> None:
+    saver, background = build(async_save=False)
+    saver.reserve()
+    saver.save(at(2))
+    assert background.events == [("now", 2)]
+    assert set(saver.take_numbers()) == {"checkpoint/stall_ms"}
+
+
+def test_memory_is_taken_at_the_start(build: Any) -> None:
+    saver, background = build()
+    saver.reserve()
+    assert background.events == ["reserve"]
+
+
+def test_what_was_resumed_from_is_known_to_be_intact(build: Any) -> None:
+    saver, background = build(resumed_step=6, keep=3, keep_every=4)
+    assert background.settings["verified"] == {6}
+    assert (background.settings["keep"], background.settings["keep_every"]) == (3, 4)
+    saver.save_now(at(6))
+    assert background.events == []
