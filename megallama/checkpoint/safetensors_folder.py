@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from megallama.checkpoint.boxes import Ints
 from megallama.checkpoint.disk import write_all, writing
+from megallama.checkpoint.regions import bytes_of
 from megallama.host.errors import UserError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -215,7 +216,7 @@ def _write_file(path: Path, tensors: Mapping[str, TensorToWrite], *, dtype: torc
                         f"{name} has values beyond {str(dtype).removeprefix('torch.')}: use --dtype bf16"
                     )
                 written += cast.numel()
-                write_all(fd, cast.contiguous().view(torch.uint8).flatten().numpy().data)
+                write_all(fd, bytes_of(cast.contiguous()))
             assert written == math.prod(tensor.shape), name
         os.fsync(fd)
     finally:
