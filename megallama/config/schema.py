@@ -45,6 +45,8 @@ class RopeScaling(str, Enum):
     none = "none"
     linear = "linear"
     llama3 = "llama3"
+    yarn = "yarn"
+    dynamic = "dynamic"
 
 
 class ContextKind(str, Enum):
@@ -124,13 +126,28 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling = RopeScaling.none
-    """Change of the rotary frequencies for long contexts."""
+    """Change of the rotary frequencies for long contexts. `dynamic` (NTK) raises the base by what `train.seq_len`
+    exceeds `rope_original_max_seq_len`, once for the whole run, and changes nothing below it."""
     rope_scaling_factor: float = 1.0
     """Factor of `rope_scaling`: 8 for LLaMA 3.1, 32 for LLaMA 3.2."""
     rope_original_max_seq_len: int = 8192
-    """Context the frequencies were made for, in tokens; used by `rope_scaling=llama3`."""
+    """Context the frequencies were made for, in tokens; used by `rope_scaling` llama3, yarn and dynamic."""
+    rope_low_freq_factor: float = 1.0
+    """Of `rope_scaling=llama3`: fewer turns than this in the original context: the whole factor."""
+    rope_high_freq_factor: float = 4.0
+    """Of `rope_scaling=llama3`: more turns than this in the original context: no change."""
+    rope_beta_fast: float = 32.0
+    """Of `rope_scaling=yarn`: more turns than this in the original context: no change."""
+    rope_beta_slow: float = 1.0
+    """Of `rope_scaling=yarn`: fewer turns than this in the original context: the whole factor."""
+    rope_attention_factor: float | None = None
+    """Of `rope_scaling=yarn`: queries and keys are scaled by this. Null: 0.1 x ln(rope_scaling_factor) + 1."""
     norm_eps: float = 1e-5
     """Epsilon of RMSNorm."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values (Qwen2, Qwen2.5)."""
+    qk_norm: bool = False
+    """Normalise each head of queries and keys by RMSNorm before the rotation (Qwen3)."""
     tie_embeddings: bool = False
     """Share the embedding with the output layer."""
     init_std: float = 0.02

@@ -20,6 +20,8 @@ SIGNS = [(f"{key}=-1", f"{key} (-1") for key in NOT_NEGATIVE] + [
     (f"{key}=0", f"{key} (0") for key in ABOVE_ZERO
 ]
 
+YARN = ["model.rope_scaling=yarn", "model.rope_scaling_factor=2", "model.rope_original_max_seq_len=256"]
+
 RULES: list[tuple[list[str], str]] = [
     *(([change], message) for change, message in SIZES + SIGNS),
     # numbers
@@ -65,6 +67,34 @@ RULES: list[tuple[list[str], str]] = [
     (
         ["model.rope_scaling=llama3", "model.rope_scaling_factor=8"],
         "model.rope_original_max_seq_len (8192) must not exceed model.max_seq_len (512)",
+    ),
+    (
+        ["model.rope_scaling=dynamic", "model.rope_scaling_factor=8"],
+        "model.rope_original_max_seq_len (8192) must not exceed model.max_seq_len (512) with"
+        " model.rope_scaling=dynamic",
+    ),
+    (
+        ["model.rope_scaling=linear", "model.rope_scaling_factor=2", "model.rope_attention_factor=1.5"],
+        "model.rope_attention_factor (1.5) has no effect with model.rope_scaling=linear: leave it out, or set"
+        " model.rope_scaling=yarn",
+    ),
+    (
+        [*YARN, "model.rope_low_freq_factor=2"],
+        "model.rope_low_freq_factor (2) has no effect with model.rope_scaling=yarn",
+    ),
+    (
+        [*YARN, "model.rope_beta_slow=40"],
+        "model.rope_beta_slow (40) must be below model.rope_beta_fast (32)",
+    ),
+    ([*YARN, "model.rope_theta=1"], "model.rope_theta (1) must be above 1 with model.rope_scaling=yarn"),
+    (
+        [
+            "model.rope_scaling=dynamic",
+            "model.rope_scaling_factor=2",
+            "model.rope_original_max_seq_len=64",
+            "model.head_dim=2",
+        ],
+        "model.head_dim (2) must be above 2 with model.rope_scaling=dynamic",
     ),
     (["train.seq_len=513"], "train.seq_len (513) must not exceed model.max_seq_len (512)"),
     # combinations
@@ -231,6 +261,8 @@ def test_rule_on_ranks(world_size: int, changes: list[str], message: str, tmp_pa
         (8, ["zero.stage=3", "parallel.tp=2"]),
         (1, ["model.head_dim=20"]),  # heads need not fill the hidden size
         (1, ["model.rope_scaling=linear", "model.rope_scaling_factor=2"]),
+        (1, [*YARN, "model.rope_attention_factor=1.2", "model.rope_beta_fast=16"]),
+        (1, ["model.qkv_bias=true", "model.qk_norm=true"]),
         (1, ["model.tie_embeddings=true"]),
         (2, ["model.tie_embeddings=true", "parallel.pp=2"]),
         (3, ["parallel.pp=3", "parallel.layers_per_stage=[1,2,1]"]),
