@@ -239,6 +239,16 @@ RANK_RULES: list[tuple[int, list[str], str]] = [
     ),
     (8, ["parallel.pp=8"], "model.num_layers (4) must be at least parallel.pp x parallel.vp (8 x 1 = 8)"),
     (
+        1,
+        ["checkpoint.interval=1000", "checkpoint.keep_every=1500"],
+        "checkpoint.keep_every (1500) must be a multiple of checkpoint.interval (1000): use 2000",
+    ),
+    (
+        1,
+        ["checkpoint.interval=0", "checkpoint.keep_every=50"],
+        "checkpoint.keep_every (50) must be a multiple of checkpoint.interval (0): set checkpoint.interval too",
+    ),
+    (
         4,
         ["parallel.tp=4", "parallel.sequence_parallel=true", "train.seq_len=66"],
         "train.seq_len (66) must be a multiple of parallel.tp (4) with parallel.sequence_parallel=true: use 64 or 68",
@@ -270,6 +280,7 @@ def test_rule_on_ranks(world_size: int, changes: list[str], message: str, tmp_pa
         (2, ["parallel.pp=2", "parallel.vp=2", "train.global_batch_size=7"]),
         (2, ["parallel.pp=2", "parallel.layers_per_stage=[1,3]"]),
         (1, ["optim.schedule=wsd", "optim.warmup_steps=50", "optim.decay_steps=50"]),
+        (1, ["checkpoint.interval=50", "checkpoint.keep_every=100"]),
         (1, ["optim.clip=0", "optim.weight_decay=0", "checkpoint.interval=0", "optim.min_lr_ratio=0"]),
     ],
 )
