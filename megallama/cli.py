@@ -55,15 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     for command in (
         tokenizer,
         prepare,
+        data,
         check,
         verify,
-        expand_vocab,
         generate,
         plot,
         checkpoint,
-        data,
         import_model,
         export_model,
+        expand_vocab,
     ):
         command.add(commands)
     return parser

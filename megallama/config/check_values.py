@@ -259,7 +259,7 @@ def check_partial(config: RunConfig) -> Iterator[str]:
             " give the size of the old vocabulary"
         )
     is_chosen = rows is not None or bool(optim.partial_parameters)
-    if optim.partial_steps and not is_chosen:
+    if optim.partial_steps > 0 and not is_chosen:
         yield (
             f"optim.partial_steps ({optim.partial_steps}) leaves nothing to train: set optim.partial_rows_from"
             " or optim.partial_parameters"

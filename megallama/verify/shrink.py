@@ -1,8 +1,8 @@
 """A small model with the structure of a large one: what decides how a layout composes is kept, widths are not.
 
 Kept: heads per key/value head, how heads divide over tp and over ulysses' ranks, ties, rotary scaling,
-recomputation, masks, precision, kernels, optimizer, padding of the vocabulary (or none), ZeRO stage. Shrunk: layers,
-widths, vocabulary, sequence, batch.
+recomputation, masks, precision, kernels, optimizer, padding of the vocabulary (or none), ZeRO stage. Shrunk:
+layers, widths, vocabulary, sequence, batch.
 """
 
 from __future__ import annotations
