@@ -27,7 +27,7 @@ from megallama.checkpoint.safetensors_folder import TensorToWrite, read_json, wr
 from megallama.checkpoint.verify import locate_checkpoint
 from megallama.config.load import load_yaml
 from megallama.config.schema import Dtype, ModelConfig
-from megallama.data.tokenizer_export import TokenIds, write_tokenizer_config
+from megallama.data.tokenizer_export import write_tokenizer_config
 from megallama.host.errors import UserError
 from megallama.model.hugging_face_config import hugging_face_config, model_from_hugging_face, same_model
 from megallama.model.hugging_face_names import Made, canonical_tensors, hugging_face_tensors
@@ -78,10 +78,13 @@ def export_model(
     }
     with new_folder(output) as folder:
         copied = copy_files(tokenizers, folder, TOKENIZER_FILES)
-        ids = write_tokenizer_config(folder) if copied else TokenIds(None, None)
+        tokenizer = write_tokenizer_config(folder) if copied else None
+        if tokenizer and tokenizer.warning:
+            log(tokenizer.warning)
         named = str(chosen).removeprefix("torch.")
         if original is None:
-            config = hugging_face_config(model, dtype=named, bos_id=ids.bos, eos_id=ids.eos)
+            bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
+            config = hugging_face_config(model, dtype=named, bos_id=bos_id, eos_id=eos_id)
         else:
             config = _with_format(original, named)
         _write_json(folder / CONFIG_FILE, config)

@@ -18,7 +18,7 @@ KEPT_FOLDER = "huggingface"
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "tiktoken.json"),
 )
 """Files of a tokenizer in a model folder."""
 

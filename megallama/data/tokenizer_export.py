@@ -1,4 +1,4 @@
-"""What transformers must know of a tokenizer file beside it: its class and its begin and end tokens."""
+"""What transformers must know of a tokenizer beside its file: its class, its begin and end tokens, its prefix."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
-from megallama.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, load_tokenizer
+from megallama.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
 SIDE_FILE = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
-class TokenIds:
-    """Begin of text and end of text, where the tokenizer has them."""
+class ExportedTokenizer:
+    """What was found and done."""
 
-    bos: int | None
-    eos: int | None
+    bos_id: int | None
+    """Begin of text, where there is one."""
+    eos_id: int
+    """End of text."""
+    warning: str | None
+    """Why transformers would cut a text into other tokens."""
 
 
-def write_tokenizer_config(folder: Path) -> TokenIds:
+def write_tokenizer_config(folder: Path) -> ExportedTokenizer:
     """Add `tokenizer_config.json` to the tokenizer in `folder` unless it has one.
 
     Texts are then encoded as in training: no token is put before or after them.
@@ -31,30 +33,27 @@ def write_tokenizer_config(folder: Path) -> TokenIds:
         UserError: the tokenizer cannot be read.
     """
     tokenizer = load_tokenizer(folder)
-    ids = TokenIds(bos=tokenizer.bos_id, eos=tokenizer.eod_id)
-    if (folder / SIDE_FILE).is_file():
-        return ids
-    if (folder / HUGGING_FACE_FILE).is_file():
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        pieces = _pieces_of_json(folder / HUGGING_FACE_FILE)
-    else:
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "unk_token": "<unk>"}
-        config |= {"add_bos_token": False, "add_eos_token": False}
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
-        pieces = {i: str(processor.id_to_piece(i)) for i in (ids.bos, ids.eos) if i is not None}
-    config |= {"clean_up_tokenization_spaces": False}
-    for key, token in (("bos_token", ids.bos), ("eos_token", ids.eos)):
-        if token is not None:
-            config[key] = pieces[token]
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (folder / SIDE_FILE).write_text(text + "\n", encoding="utf-8")
-    return ids
-
-
-def _pieces_of_json(path: Path) -> dict[int, str]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    pieces = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
-    vocabulary = content["model"].get("vocab")
-    if isinstance(vocabulary, dict):
-        return {token: piece for piece, token in vocabulary.items()} | pieces
-    return {token: entry[0] for token, entry in enumerate(vocabulary or [])} | pieces
+    warning = None
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        spec, trainer = tokenizer.proto.normalizer_spec, tokenizer.proto.trainer_spec
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+        config |= {"add_bos_token": False, "add_eos_token": False, "add_prefix_space": spec.add_dummy_prefix}
+        config["unk_token"] = tokenizer.label(trainer.unk_id)
+        if trainer.model_type != trainer.BPE or spec.name != "identity" or spec.remove_extra_whitespaces:
+            warning = (
+                f"{tokenizer.path.name} is no plain BPE model (normalization {spec.name!r}): transformers would cut"
+                " texts into other tokens; convert it to tokenizer.json first"
+            )
+    elif not isinstance(tokenizer, HuggingFaceTokenizer):
+        warning = (
+            f"{tokenizer.path.name} is a tiktoken list, which transformers does not read: put the tokenizer.json of"
+            " the model into the exported folder"
+        )
+    if not (folder / SIDE_FILE).is_file():
+        for key, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eod_id)):
+            if token is not None:
+                config[key] = tokenizer.label(token)
+        text = json.dumps({**config, "clean_up_tokenization_spaces": False}, indent=2, ensure_ascii=False)
+        (folder / SIDE_FILE).write_text(text + "\n", encoding="utf-8")
+    return ExportedTokenizer(tokenizer.bos_id, tokenizer.eod_id, warning)

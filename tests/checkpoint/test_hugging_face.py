@@ -5,15 +5,19 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from megallama.checkpoint.export_model import export_model
 from megallama.checkpoint.import_model import import_model
 from megallama.checkpoint.reader import CheckpointReader
+from megallama.checkpoint.source import source_problems
 from megallama.cli import main
 from megallama.commands.export_model import parse_size
+from megallama.config.load import load_config
 from megallama.host.errors import UserError
 from tests.checkpoint.hugging_face import FAMILIES, make_model, our_logits, tokens
+from tests.jobs import SMALL, overrides, train
 from tests.ranks import run_ranks
 
 
@@ -294,3 +298,25 @@ def test_sizes():
     for wrong in ("", "0", "GB", "-5GB", "5XB"):
         with pytest.raises(UserError, match="must be a size"):
             parse_size(wrong)
+
+
+def test_training_goes_on_from_an_import_and_out_again(folder, tmp_path, capsys):
+    """Over tp2 x pp2, with a learning rate of next to nothing: what comes out is what went in."""
+    shape = yaml.safe_load((folder / "mistral-imported" / "conf" / "model" / "mistral.yaml").read_text())
+    words = [f"model.{key}={value}" for key, value in shape.items()]
+    words += [f"train.init_from={folder / 'mistral-imported'}", "optim.lr=1e-12", "train.steps=1"]
+    run_ranks(4, train, overrides(tmp_path, *words, "parallel.tp=2", "parallel.pp=2"))
+    like = ["--like", str(folder / "mistral")]
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "fp32", *like]) == 0
+    there, back = weights_of(folder / "mistral"), weights_of(tmp_path / "out")
+    assert there.keys() == back.keys()
+    assert all(torch.allclose(there[key], back[key], rtol=0, atol=1e-9) for key in there)
+    source = (folder / "mistral" / "config.json").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == json.loads(source)
+
+
+def test_starting_from_a_hugging_face_folder_names_the_import(folder, tmp_path):
+    problems = source_problems(
+        folder / "llama2", model=load_config(SMALL + ["train.run_dir=r"]).model, own=tmp_path
+    )
+    assert len(problems) == 1 and f"megallama import {folder / 'llama2'} OUTPUT" in problems[0]
