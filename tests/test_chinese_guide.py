@@ -16,7 +16,11 @@ from tests.jobs import metrics
 from tests.materials import FOLDER, MISTRAL, chinese_chapters
 
 ROOT = Path(__file__).resolve().parents[1]
-FEWER = {"train.steps=100": "train.steps=4", "train.steps=300": "train.steps=6", "partial_steps=50": "partial_steps=3"}
+FEWER = {
+    "train.steps=100": "train.steps=4",
+    "train.steps=300": "train.steps=6",
+    "partial_steps=50": "partial_steps=3",
+}
 PACE = ["checkpoint.interval=3", "checkpoint.keep=0", "log.tensorboard=false", "log.wandb=disabled"]
 
 
