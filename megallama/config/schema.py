@@ -118,7 +118,7 @@ class ModelConfig:
     head_dim: int | None = None
     """Width of one head. Null: hidden_size / num_heads."""
     vocab_size: int = MISSING
-    """Number of token ids. Must be what the tokenizer says when `data.tokenizer` is set."""
+    """Number of token ids. Must be what the tokenizer says when `data.tokenizer` is set, or up to 1% more (Qwen)."""
     vocab_multiple: int = 128
     """The embedding is padded to a multiple of this; it is part of the shape, so it never depends on tp."""
     max_seq_len: int = MISSING

@@ -336,6 +336,11 @@ def test_vocabulary_must_be_the_tokenizers(tmp_path: Path) -> None:
     (problem,) = problems_of(config, tokenizer=Vocabulary(vocab_size=4096))
     assert f"model.vocab_size (512) must be the tokenizer's (4096 in {tmp_path}/词/t.model)" in problem
     assert "set model.vocab_size=4096" in problem
+    # Qwen's embeddings have a few rows that no token uses.
+    assert problems_of(config, tokenizer=Vocabulary(vocab_size=507)) == []
+    for other in (506, 513):
+        (problem,) = problems_of(config, tokenizer=Vocabulary(vocab_size=other))
+        assert f"set model.vocab_size={other}" in problem
     assert problems_of(config, tokenizer=UserError("no tokenizer there")) == ["no tokenizer there"]
 
 
