@@ -69,6 +69,7 @@ class AttentionKernel(str, Enum):
 
     auto = "auto"
     sdpa = "sdpa"
+    te = "te"
     reference = "reference"
 
 
@@ -343,7 +344,8 @@ class KernelConfig:
     """
 
     attention: AttentionKernel = AttentionKernel.auto
-    """Core attention."""
+    """Core attention: sdpa (torch's fused kernels, what auto takes), te (NVIDIA Transformer Engine, where it is
+    installed; bf16 or fp16 with parallel.cp=1), reference (the formulas)."""
     norm: NormKernel = NormKernel.auto
     """RMSNorm."""
     adam: AdamKernel = AdamKernel.auto

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megallama.kernels.attention import Attention
 from megallama.kernels.norm import NormFunction
 from megallama.kernels.swiglu import swiglu
+from megallama.kernels.transformer_engine import TransformerEngineAttention
 from megallama.model.packing import Packing
 
 
@@ -59,7 +60,7 @@ class HeadNorm(RmsNorm):
 class CoreAttention(torch.nn.Module):
     """Causal core attention inside documents, with megatron-core's signature, on `kernels.attention`."""
 
-    kernel: Attention
+    kernel: Attention | TransformerEngineAttention
 
     def __init__(
         self,
@@ -111,6 +112,8 @@ class SwigluMlp(MLP):
         return out, None
 
 
-def with_kernel(module: type[torch.nn.Module], kernel: Attention | NormFunction) -> type[torch.nn.Module]:
+def with_kernel(
+    module: type[torch.nn.Module], kernel: Attention | TransformerEngineAttention | NormFunction
+) -> type[torch.nn.Module]:
     """A subclass of `module` bound to `kernel`: megatron-core's specs take classes, not instances."""
     return type(module.__name__, (module,), {"kernel": staticmethod(kernel)})

@@ -150,6 +150,14 @@ RULES: list[tuple[list[str], str]] = [
         ["zero.stage=2", "zero.accumulate_micro_batches=999"],
         "zero.accumulate_micro_batches (999) must be at most",
     ),
+    (
+        ["kernels.attention=te", "parallel.cp=2"],
+        "kernels.attention (te) cannot cut a sequence (parallel.cp=2)",
+    ),
+    (
+        ["kernels.attention=te", "precision.dtype=fp32"],
+        "kernels.attention (te) needs precision.dtype bf16 or fp16",
+    ),
     (["zero.stage=-1"], "zero.stage (-1) must be 0, 1, 2 or 3"),
     (["train.recompute_layers=1"], "train.recompute_layers (1) needs train.recompute=full (it is none)"),
     (["train.recompute=full", "train.recompute_layers=0"], "train.recompute_layers (0) must be"),
