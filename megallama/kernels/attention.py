@@ -72,9 +72,7 @@ class Attention:
         return out
 
 
-def choose_attention(
-    name: str, *, cp_kind: str = "all_gather"
-) -> Attention | TransformerEngineAttention:
+def choose_attention(name: str, *, cp_kind: str = "all_gather") -> Attention | TransformerEngineAttention:
     """The backend called `name`, or the first one for `auto`.
 
     Raises:

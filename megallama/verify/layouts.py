@@ -10,7 +10,7 @@ from typing import Any
 
 from megallama.config.check import check
 from megallama.config.names import field_types
-from megallama.config.schema import ParallelConfig, RunConfig
+from megallama.config.schema import KernelConfig, ParallelConfig, RunConfig
 from megallama.config.typed import Problems, build, plain
 from megallama.host.errors import ConfigError, UserError
 
@@ -119,8 +119,10 @@ def problems_of(config: RunConfig, *, world_size: int) -> list[str]:
     """What the real check says of a run, its data and folders left aside."""
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, sources=[], validation=[], tokenizer=None),
-        train=dataclasses.replace(config.train, run_dir="."),
+        data=dataclasses.replace(config.data, sources=[], schedule=[], validation=[], tokenizer=None),
+        train=dataclasses.replace(config.train, run_dir=".", init_from=None),
+        # Whether apex is installed here says nothing about the layout.
+        kernels=KernelConfig(attention=config.kernels.attention),
     )
     found = check(
         config,

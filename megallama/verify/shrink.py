@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from enum import Enum
 
 from megallama.config.schema import ContextKind, RopeScaling, RunConfig, Schedule
 from megallama.verify.layouts import Layout, change
@@ -31,6 +32,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     heads = kv_heads * (model.num_heads // (model.num_kv_heads or model.num_heads))
     vocab_multiple = 16 * width
     is_padded = model.vocab_size % model.vocab_multiple != 0
+    vocab_size = 4 * vocab_multiple - (5 if is_padded else 0)
     # Whole zigzag chunks for every cp, of whole sequence-parallel parts.
     seq_len = math.lcm(*(2 * cp * tp for cp, tp in zip(cps, tps, strict=True)))
     seq_len *= -(-32 // seq_len)
@@ -52,7 +54,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
         "model.ffn_hidden_size": width
         * max(1, round(HIDDEN_SIZE * model.ffn_hidden_size / model.hidden_size / width)),
         "model.vocab_multiple": vocab_multiple,
-        "model.vocab_size": 4 * vocab_multiple - (5 if is_padded else 0),
+        "model.vocab_size": vocab_size,
         "model.max_seq_len": seq_len,
         "train.seq_len": seq_len,
         "train.global_batch_size": micro * -(-batch // micro),
@@ -67,6 +69,10 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
         "log.wandb": "disabled",
         "data.tokenizer": None,
         "data.validation": [],
+        "data.schedule": [],
+        "train.init_from": None,
+        **_gpu_kernels(config),
+        **_partial_training(config, vocab_size=vocab_size, steps=steps),
     }
     if config.optim.schedule == Schedule.wsd:
         sizes["optim.decay_steps"] = min(max(1, config.optim.decay_steps), steps - 1)
@@ -77,6 +83,25 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     else:
         sizes["model.rope_original_max_seq_len"] = seq_len
     return change(config, sizes)
+
+
+def _gpu_kernels(config: RunConfig) -> dict[str, object]:
+    """What no CPU can run gives way to what can."""
+    chosen: dict[str, Enum] = {
+        "kernels.attention": config.kernels.attention,
+        "kernels.norm": config.kernels.norm,
+        "kernels.adam": config.kernels.adam,
+    }
+    return {key: "auto" for key, kernel in chosen.items() if kernel.value in ("te", "apex")}
+
+
+def _partial_training(config: RunConfig, *, vocab_size: int, steps: int) -> dict[str, object]:
+    """Partial training for the first half of the steps, with some rows old and some new."""
+    optim = config.optim
+    sizes: dict[str, object] = {"optim.partial_steps": min(optim.partial_steps, max(1, steps // 2))}
+    if optim.partial_rows_from is not None:
+        sizes["optim.partial_rows_from"] = vocab_size // 2
+    return sizes
 
 
 def _kv_heads(config: RunConfig, cuts: Sequence[RunConfig]) -> int:

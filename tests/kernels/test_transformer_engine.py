@@ -82,5 +82,7 @@ def test_one_module_for_all_layers(attention: TransformerEngineAttention) -> Non
 
 
 def test_without_the_library_it_is_refused() -> None:
-    with pytest.raises(UserError, match=r"kernels.attention \(te\) cannot run: .*; use kernels.attention=auto"):
+    with pytest.raises(
+        UserError, match=r"kernels.attention \(te\) cannot run: .*; use kernels.attention=auto"
+    ):
         choose_attention("te")

@@ -94,6 +94,26 @@ def shrunk(config, layouts):
     return small
 
 
+def test_what_a_cluster_has_is_left_out_of_the_small_run():
+    config = load_config(
+        [
+            *(
+                "+exp=llama2_7b",
+                "train.init_from=weights",
+                "optim.partial_steps=500",
+                "optim.partial_rows_from=31000",
+            ),
+            *("kernels.attention=te", "kernels.norm=apex", "kernels.adam=reference"),
+            "data.schedule=[{from_step: 9, sources: [more]}]",
+        ]
+    )
+    small = shrunk(config, parse_layouts("dp=2;tp=2"))
+    assert small.train.init_from is None and small.data.schedule == []
+    assert (small.kernels.attention.value, small.kernels.norm.value) == ("auto", "auto")
+    assert small.kernels.adam == config.kernels.adam
+    assert small.optim.partial_steps == 2 and small.optim.partial_rows_from == small.model.vocab_size // 2
+
+
 @pytest.mark.parametrize("exp", EXPERIMENTS)
 def test_shrinking_keeps_the_structure(exp):
     config = load_config([f"+exp={exp}"])
