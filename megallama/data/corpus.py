@@ -195,6 +195,4 @@ def _read_records(stretch: Stretch, *, reading: Reading) -> Iterator[Document | 
         elif reading.documents == "file":
             yield from read_whole(stream, file)
         else:
-            yield from read_parts(
-                stream, file, start=stretch.start, end=end, is_boundary=reading.is_boundary
-            )
+            yield from read_parts(stream, file, start=stretch.start, end=end, is_boundary=reading.is_boundary)

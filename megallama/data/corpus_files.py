@@ -126,7 +126,9 @@ def check_unchanged(file: CorpusFile) -> None:
 
 def _expand(item: str, wanted: set[str]) -> list[CorpusFile]:
     if os.path.isdir(item):
-        found = [_corpus_file(path, root=item, source=item) for path in _walk(item) if suffix_of(path) in wanted]
+        found = [
+            _corpus_file(path, root=item, source=item) for path in _walk(item) if suffix_of(path) in wanted
+        ]
     elif os.path.exists(item):
         if suffix_of(item) not in wanted:
             raise UserError(

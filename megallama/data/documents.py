@@ -1,4 +1,4 @@
-"""Documents out of bytes: JSON lines, parts of a text, whole texts. A record that is none is told apart, with its place.
+"""Documents out of bytes: JSON lines, parts of a text, whole texts; records that are none, with their place.
 
 Imports no torch: preparation workers load it.
 """
@@ -51,7 +51,9 @@ def read_json_lines(
             text = _text_of_line(line, path=file.path, offset=offset, text_field=text_field)
         except _BadLineError as error:
             line_number = _lines_before(file, start) + number
-            yield Damage(file.path, line_number, error.problem.format(place=f"{file.path} line {line_number}"))
+            yield Damage(
+                file.path, line_number, error.problem.format(place=f"{file.path} line {line_number}")
+            )
             continue
         if text:
             yield Document(text=text, key=f"{file.relative}:{offset}")
@@ -136,7 +138,11 @@ def _lines(stream: IO[bytes], file: CorpusFile, *, start: int, end: int) -> Iter
         _check_size(file, offset, len(line))
         size = len(line)
         if offset == 0 and line.startswith(_BYTE_ORDER_MARK):
-            line, offset, size = line[len(_BYTE_ORDER_MARK) :], len(_BYTE_ORDER_MARK), size - len(_BYTE_ORDER_MARK)
+            line, offset, size = (
+                line[len(_BYTE_ORDER_MARK) :],
+                len(_BYTE_ORDER_MARK),
+                size - len(_BYTE_ORDER_MARK),
+            )
         yield offset, line
         offset += size
 

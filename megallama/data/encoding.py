@@ -13,6 +13,7 @@ import json
 import os
 import struct
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.data.corpus import CorpusFile, Damage, Document, Reading, Stretch, cut_stretches, read_records
-from megallama.data.script import SCRIPTS, count_script_codes
+from megallama.data.script_counts import count_characters
 from megallama.data.tokenizer_interface import Tokenizer
 from megallama.host.errors import UserError
 
@@ -100,9 +101,7 @@ def plan_units(
     size = 0
     for stretch in cut_stretches(files, reading=reading, stretch_bytes=unit_bytes):
         if group and (
-            size >= unit_bytes
-            or len(group) >= _MAX_STRETCHES
-            or stretch.file.source != group[0].file.source
+            size >= unit_bytes or len(group) >= _MAX_STRETCHES or stretch.file.source != group[0].file.source
         ):
             yield _unit(group, settings)
             group, size = [], 0
@@ -130,7 +129,7 @@ def encode_unit(
     """
     facts = UnitFacts()
     lengths, draws = array("q"), array("d")
-    scripts = np.zeros(len(SCRIPTS), dtype=np.int64)
+    scripts: Counter[str] = Counter()
     dtype = token_type(tokenizer.vocab_size)
     path.parent.mkdir(exist_ok=True)
     being_written = path.with_name(f"{path.name}.{os.getpid()}")
@@ -145,11 +144,9 @@ def encode_unit(
                 draws.extend(draw_of(document.key, seed=seed) for document in documents)
                 joined = "".join(texts)
                 facts.text_bytes += len(joined.encode("utf-8"))
-                scripts += count_script_codes(joined)
+                scripts.update(count_characters(joined))
             facts.documents, facts.tokens = len(lengths), sum(lengths)
-            facts.characters = {
-                script: int(count) for script, count in zip(SCRIPTS, scripts, strict=True) if count
-            }
+            facts.characters = dict(sorted(scripts.items()))
             content = json.dumps(asdict(facts)).encode()
             stream.write(lengths.tobytes())
             stream.write(draws.tobytes())

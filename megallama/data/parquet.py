@@ -25,7 +25,9 @@ def cut_row_groups(file: CorpusFile, *, stretch_bytes: int) -> Iterator[tuple[in
         metadata = _open(stream, file).metadata
     first, size = 0, 0
     for group in range(metadata.num_row_groups):
-        size += sum(metadata.row_group(group).column(i).total_compressed_size for i in range(metadata.num_columns))
+        size += sum(
+            metadata.row_group(group).column(i).total_compressed_size for i in range(metadata.num_columns)
+        )
         if size >= stretch_bytes:
             yield first, group + 1, size
             first, size = group + 1, 0
@@ -46,7 +48,9 @@ def read_rows(
     kind = schema.field(text_field).type if text_field in schema.names else None
     if kind is None or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         have = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:8])
-        raise UserError(f"file {file.path} has no column {text_field!r} of text (it has {have}): set text_field")
+        raise UserError(
+            f"file {file.path} has no column {text_field!r} of text (it has {have}): set text_field"
+        )
     row = sum(reader.metadata.row_group(group).num_rows for group in range(first))
     try:
         for batch in reader.iter_batches(
@@ -65,10 +69,14 @@ def _document(
     try:
         text = value.as_py()
     except UnicodeDecodeError as error:
-        yield Damage(file.path, row, f"{file.path} row {row} is not UTF-8 ({error.reason}): mend or remove it")
+        yield Damage(
+            file.path, row, f"{file.path} row {row} is not UTF-8 ({error.reason}): mend or remove it"
+        )
         return
     if text is None:
-        yield Damage(file.path, row, f"{file.path} row {row} has no text in column {text_field!r}: mend or remove it")
+        yield Damage(
+            file.path, row, f"{file.path} row {row} has no text in column {text_field!r}: mend or remove it"
+        )
     elif surrogate_place(text) is not None:
         yield Damage(file.path, row, f"{file.path} row {row} holds half a surrogate pair: mend or remove it")
     elif text:

@@ -136,7 +136,7 @@ def test_no_split_is_ever_empty_and_no_document_is_lost(
     cut: int,
 ) -> None:
     work = tmp_path_factory.mktemp("splits")
-    splits = prepare_module._Splits(work, tokenizer=tokenizer, validation_fraction=fraction)
+    splits = X(work, tokenizer=tokenizer, validation_fraction=fraction)
     for part in (range(len(draws))[:cut], range(len(draws))[cut:]):
         splits.add(
             EncodedBatch(
