@@ -32,7 +32,7 @@ def open_content(file: CorpusFile) -> Iterator[IO[bytes]]:
         try:
             if file.compression == ".gz":
                 with gzip.GzipFile(fileobj=stream, mode="rb") as unpacked:
-                    yield io.BufferedReader(unpacked, 1 << 20)  # type: ignore[arg-type]
+                    yield io.BufferedReader(unpacked, 1 << 20)
             elif file.compression == ".zst":
                 yield io.BufferedReader(_ZstdStream(stream), 1 << 20)
             else:

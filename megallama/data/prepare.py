@@ -162,8 +162,9 @@ def prepare(
             tally = _Tally(files, max_damaged=max_damaged)
             count = workers or len(os.sched_getaffinity(0))
             _tokenize(units, job, tally, tokenizer=loaded, workers=count, progress=progress)
-            if tally.documents == 0:
-                raise empty_corpus(files)
+            if tally.documents < (2 if validation_fraction else 1):
+                work.remove()  # nothing worth keeping
+                raise _one_document() if tally.documents else empty_corpus(files)
             manifests, counts = join_units(
                 [unit_path(work.units, unit.key) for unit in units],
                 work.start_finishing(),
@@ -196,6 +197,13 @@ def _check_numbers(
         raise UserError(
             f"max_damaged ({max_damaged}) must be at least 0: 0 stops at the first damaged record"
         )
+
+
+def _one_document() -> UserError:
+    return UserError(
+        "the corpus is one document, which cannot be split: set validation_fraction=0, give more"
+        " files, or use documents=blank_line to cut text files at blank lines"
+    )
 
 
 def _complete(folder: Path) -> None:

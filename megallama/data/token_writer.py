@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,12 +17,11 @@ from megallama.data.prepared import (
     INDEX_MAGIC,
     Manifest,
     join_manifests,
-    shard_name,
     sha256_of,
+    shard_name,
     write_manifest,
 )
 from megallama.data.tokenizer_interface import Tokenizer
-from megallama.host.errors import UserError
 
 TRAIN = "train"
 VALID = "valid"
@@ -46,7 +44,7 @@ class TokenWriter:
         self._dtype = np.dtype(token_type(tokenizer.vocab_size))
         self._digest = hashlib.sha256()
         self._lengths: list[npt.NDArray[np.int32]] = []
-        self._stream = open(f"{prefix}.bin", "wb", buffering=1 << 20)
+        self._stream = open(f"{prefix}.bin", "wb", buffering=1 << 20)  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> TokenWriter:
         return self
@@ -158,9 +156,6 @@ def join_units(
     """Writes the units as `folder`/train and, with a fraction above 0, `folder`/valid.
 
     Returns the manifest of each split, and how often each token occurs, int64 [vocab_size].
-
-    Raises:
-        UserError: one document, which cannot be split.
     """
     moved = _moved(paths, tokenizer.vocab_size, validation_fraction) if validation_fraction else None
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
@@ -190,12 +185,10 @@ def _moved(paths: Sequence[Path], vocab_size: int, fraction: float) -> tuple[int
     """(unit, document) that must change sides so that no split is empty: the one nearest to the other side."""
     sides: set[bool] = set()
     nearest: tuple[float, int, int] | None = None
-    documents = 0
     for number, path in enumerate(paths):
         draws = open_unit(path, vocab_size=vocab_size).draws
         if not draws.size:
             continue
-        documents += draws.size
         sides.update((draws < fraction).tolist())
         if len(sides) == 2:
             return None
@@ -203,9 +196,4 @@ def _moved(paths: Sequence[Path], vocab_size: int, fraction: float) -> tuple[int
         at = int(np.argmin(distances))
         if nearest is None or distances[at] < nearest[0]:
             nearest = (float(distances[at]), number, at)
-    if documents == 1:
-        raise UserError(
-            "the corpus is one document, which cannot be split: set validation_fraction=0, give more"
-            " files, or use documents=blank_line to cut text files at blank lines"
-        )
     return nearest[1:] if nearest else None
