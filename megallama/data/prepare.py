@@ -121,7 +121,7 @@ def prepare(
     is a hash of `seed` and its relative path (and place, where a file holds many documents), so it
     does not change when other documents come or go; with two or more documents neither split is empty.
     With `shard_tokens` a split is `train-00000`, `train-00001` ..., each of at most that many tokens.
-    `report.json` and `token-counts.npy` tell what is in it.
+    `prepared.json` and `token-counts.npy` tell what is in it.
 
     The files appear under their names only when all is written; what stood there before stays if
     anything fails. What is tokenized already lies in `<output>/.preparing`; the same call goes on from
@@ -292,7 +292,7 @@ def _report(
 
 
 def _write_facts(work: WorkFolder, report: PrepareReport, counts: npt.NDArray[np.int64]) -> None:
-    """`report.json`, `token-counts.npy`, `damaged.jsonl`; the same however often it was interrupted."""
+    """`prepared.json`, `token-counts.npy`, `damaged.jsonl`; the same however often it was interrupted."""
     splits = {TRAIN: report.train, VALID: report.validation}
     content = {
         "tokenizer": {"name": report.tokenizer.name, "sha256": report.tokenizer.sha256},

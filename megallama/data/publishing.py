@@ -16,7 +16,7 @@ from megallama.host.errors import UserError
 WORK_FOLDER = ".preparing"
 """Below the output folder: units that are tokenized, and the finished files before they get their names."""
 
-REPORT = "report.json"
+REPORT = "prepared.json"
 TOKEN_COUNTS = "token-counts.npy"
 DAMAGED = "damaged.jsonl"
 
@@ -112,7 +112,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: name a folder")
-    existing = [path.name for path in published_files(output) if path.suffix in (".bin", ".idx", ".json")]
+    existing = [path.name for path in published_files(output) if _OURS.fullmatch(path.name)]
     if existing and not overwrite:
         raise UserError(
             f"output {output} holds prepared data already ({', '.join(existing[:6])}):"

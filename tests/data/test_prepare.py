@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megallama.data.encoding import draw_of
 from megallama.data.prepare import prepare
 from megallama.data.prepared import check_token_file, read_manifest
 from megallama.data.token_file import TokenFile
+from megallama.data.token_writer import TokenWriter
 from megallama.data.tokenizer import Tokenizer
 from megallama.host.errors import UserError
 from tests.data.conftest import make_text, write_corpus
 
-TRAIN_NAMES = ["report.json", "token-counts.npy", "train.bin", "train.idx", "train.json"]
+TRAIN_NAMES = ["prepared.json", "token-counts.npy", "train.bin", "train.idx", "train.json"]
 ALL_NAMES = [*TRAIN_NAMES, "valid.bin", "valid.idx", "valid.json"]
 
 
@@ -34,7 +34,7 @@ def names(folder: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def texts(prefix: Path, tokenizer: Tokenizer) -> list[str]:
@@ -175,8 +175,10 @@ def test_a_refused_preparation_writes_nothing(
     }
     with pytest.raises(UserError, match=message):
         prepare(given.pop("inputs"), given.pop("output"), **given)
-    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob(".preparing*"))
+    assert not list(tmp_path.rglob("*.bin"))
     assert [name for name in names(tmp_path) if name != "new"] == before
+    # Only what saves work next time is kept.
+    assert not Path("new/out").exists() or next(Path("new/out/.preparing/units").rglob("*/*"))
 
 
 def test_existing_data_is_kept_unless_told_otherwise(
@@ -193,7 +195,7 @@ def test_existing_data_is_kept_unless_told_otherwise(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-@pytest.mark.parametrize("call", ["add_document", "finalize"])
+@pytest.mark.parametrize("call", ["add", "finish"])
 def test_a_full_disk_keeps_what_was_there(
     corpus: Path,
     tokenizer_path: Path,
@@ -208,11 +210,14 @@ def test_a_full_disk_keeps_what_was_there(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(IndexedDatasetBuilder, call, fail)
+    monkeypatch.setattr(TokenWriter, call, fail)
     message = "cannot be written" if number == errno.EIO else "no space left"
     with pytest.raises(UserError, match=message):
         prepare([corpus], tmp_path, tokenizer=tokenizer_path, workers=1, overwrite=True, seed=5)
     assert contents(tmp_path) == before
+    monkeypatch.undo()
+    report = prepare([corpus], tmp_path, tokenizer=tokenizer_path, workers=1, overwrite=True, seed=5)
+    assert report.resumed_bytes == report.source_bytes, "what was tokenized before the disk was full is kept"
 
 
 RUN = """
@@ -281,12 +286,10 @@ def test_a_killed_preparation_leaves_the_old_data_and_no_process(
     assert not any(is_running(int(child)) for child in children)
     process.stdout.close()
     process.stderr.close()
-    left = [name for name in names(out) if name.startswith(".preparing-")]
-    assert len(left) == 1 and {k: v for k, v in before.items()} == {
-        path.name: path.read_bytes() for path in out.iterdir() if path.is_file()
-    }
+    assert names(out) == sorted([".preparing", *before]) and contents(out) == before
     prepare([corpus], out, tokenizer=tokenizer_path, workers=1, overwrite=True)
-    assert contents(out) == before, "the same preparation again, and the leftovers of the killed one gone"
+    assert contents(out) == before, "the same preparation again"
+    assert names(out) == sorted(before), "and the leftovers of the killed one gone"
 
 
 def test_a_dead_worker_is_an_error_not_a_hang(tokenizer_path: Path, tmp_path: Path) -> None:
@@ -299,4 +302,4 @@ def test_a_dead_worker_is_an_error_not_a_hang(tokenizer_path: Path, tmp_path: Pa
     large.write_text(line * (12_000_000 // len(line)), encoding="utf-8")
     with pytest.raises(UserError, match="process died .2 workers"):
         prepare([large], tmp_path / "out", tokenizer=tokenizer_path, workers=2, progress=kill_one)
-    assert not (tmp_path / "out").exists()
+    assert names(tmp_path / "out") == [".preparing"]
