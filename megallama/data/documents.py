@@ -67,7 +67,7 @@ def read_parts(
     begin, begin_line, size = start, 1, 0
     for number, (offset, line) in enumerate(_lines(stream, file, start=start, end=end), start=1):
         if is_boundary(line):
-            if lines:
+            if size:
                 yield _part(lines, file, start=start, offset=begin, number=begin_line)
             lines, size = [], 0
             continue
@@ -76,7 +76,7 @@ def read_parts(
         lines.append(line)
         size += len(line)
         _check_size(file, begin, size)
-    if lines:
+    if size:
         yield _part(lines, file, start=start, offset=begin, number=begin_line)
 
 

@@ -21,7 +21,7 @@ def _table() -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
     for unit in range(1 << 16):
         if unit in _LOW_SURROGATES:
             continue
-        # A pair's high half says 1024 characters, which are of one script in the tables of script.py.
+        # A pair's high half stands for 1024 characters, of one script but for unassigned ones.
         code = ((unit - 0xD800) << 10) + 0x10000 if unit in _HIGH_SURROGATES else unit
         table[unit] = names.setdefault(script_of(chr(code)), len(names))
     return tuple(names), table
