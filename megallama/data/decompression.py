@@ -7,15 +7,12 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING
+from typing import IO, Any
 
 import zstandard
 
 from megallama.data.corpus_files import CorpusFile, check_unchanged, open_file, unreadable
 from megallama.host.errors import UserError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 _INPUT_BYTES = 1 << 14
 """Compressed bytes at once: what comes out may be thousands of times as many."""
@@ -60,7 +57,7 @@ class _ZstdStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         target = memoryview(buffer).cast("B")
         while not self._content:
             if not self._compressed:

@@ -23,6 +23,7 @@ from megallama.data.encoding import Unit, UnitFacts, encode_unit, unit_path
 from megallama.data.tokenizer import load_tokenizer
 from megallama.data.tokenizer_interface import Tokenizer
 from megallama.host.errors import UserError
+from megallama.host.threads import one_tokenizer_thread
 
 _UNITS_AHEAD = 3
 
@@ -111,6 +112,7 @@ _in_worker: tuple[Work, Tokenizer] | None = None
 
 def _start_worker(work: Work) -> None:
     global _in_worker
+    one_tokenizer_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _in_worker = (work, load_tokenizer(work.tokenizer_path))
