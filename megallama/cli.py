@@ -12,7 +12,9 @@ from megallama.commands import (
     checkpoint,
     data,
     expand_vocab,
+    export_model,
     generate,
+    import_model,
     plot,
     prepare,
     tokenizer,
@@ -50,7 +52,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretraining of LLaMA-family models. Training itself: torchrun launch/train.py +exp=...",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (tokenizer, prepare, check, verify, expand_vocab, generate, plot, checkpoint, data):
+    for command in (
+        tokenizer,
+        prepare,
+        data,
+        check,
+        verify,
+        generate,
+        plot,
+        checkpoint,
+        import_model,
+        export_model,
+        expand_vocab,
+    ):
         command.add(commands)
     return parser
 

@@ -167,8 +167,9 @@ def outside_of_config():
     return {
         str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
         for path in files
-        # verify only resizes a run: what nobody else reads is not read.
+        # verify only resizes a run, and export only writes a shape down: what nobody else reads is not read.
         if path.parent.name not in ("config", "verify")
+        and path.name not in ("hugging_face_config.py", "export_model.py")
     }
 
 

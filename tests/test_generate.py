@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megallama.cli import main
-from megallama.generate import Sampling, choose_token
+from megallama.generate import Sampling, choose_token, continue_tokens, open_run
 from tests.jobs import overrides, train, write_dataset
 from tests.ranks import run_ranks
 
@@ -90,3 +90,28 @@ def test_choice_respects_temperature_top_k_and_top_p():
     assert drawn(temperature=1, top_p=0.5) == {1}
     assert drawn(temperature=1, top_p=0.8) == {1, 2}
     assert drawn(temperature=1) >= {0, 1, 2, 3}
+
+
+def test_the_export_generates_the_same_in_transformers(run_dir, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main(["export", str(run_dir), str(tmp_path / "hf")]) == 0
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    capsys.readouterr()
+    for prompt in ("春天来了，花", "for i", "print(i)\n春"):
+        text = output_of(capsys, run_dir, "--prompt", prompt, "--temperature", "0", "--max-new-tokens", "20")[
+            1
+        ]
+        with open_run(run_dir) as (config, stage, ours):
+            ids = ours.encode(prompt)
+            new = continue_tokens(
+                config, stage, ids, eod_id=ours.eod_id, max_new_tokens=20, sampling=Sampling(temperature=0)
+            )
+            wanted = ids + list(new)
+        given = tokenizer(prompt, return_tensors="pt")
+        assert given.input_ids[0].tolist() == ids, "another tokenizer"
+        got = model.generate(**given, max_new_tokens=20, do_sample=False)[0].tolist()
+        assert [token for token in got if token != ours.eod_id] == wanted
+        assert tokenizer.decode(wanted) == text.removesuffix("\n")

@@ -155,6 +155,17 @@ def test_relative_paths_start_where_the_command_was_typed(tmp_path: Path) -> Non
     assert load_config(words, working_dir=tmp_path).train.init_from == str(tmp_path / "权重" / "a")
 
 
+def test_settings_that_mean_the_same_are_no_difference() -> None:
+    from megallama.checkpoint.facts import model_differences
+
+    facts = model_facts(load_config(arguments(Path("."), run_name="x")).model)
+    explicit = {**facts, "head_dim": 16, "num_kv_heads": 2}
+    older = {key: value for key, value in explicit.items() if key not in ("rope_theta", "tie_embeddings")}
+    assert facts["head_dim"] is None and model_differences(facts, explicit) == []
+    assert model_differences(older, facts) == ["tie_embeddings: False there, True here"]
+    assert model_differences(facts, {**facts, "head_dim": 32}) == ["head_dim: 16 there, 32 here"]
+
+
 def test_facts_of_a_model_come_back() -> None:
     from megallama.checkpoint.facts import model_of_facts
 

@@ -108,6 +108,35 @@ def resumes(run_dir: Path) -> list[int]:
     return [int(step) for step in re.findall(r"resumed from .* at step (\d+)$", log, flags=re.M)]
 
 
+def train_to_a_signal(arguments: list[str]) -> None:
+    """One rank of a run with a slow disk, asked to stop while the first save is written."""
+    from megallama.checkpoint import storage
+    from megallama.trainer.saver import Saver
+
+    write_all, save = storage.write_all, Saver.save
+
+    def slow_write(fd: int, data: memoryview) -> None:
+        time.sleep(SAVE_S)
+        write_all(fd, data)
+
+    def save_and_signal(self: Saver, state: Any) -> None:
+        save(self, state)
+        assert self._background.is_running
+        signal.raise_signal(signal.SIGTERM)
+
+    storage.write_all, Saver.save = slow_write, save_and_signal  # type: ignore[assignment, method-assign]
+    train(arguments)
+
+
+def test_a_signal_within_a_save_completes_it(tmp_path: Path) -> None:
+    arguments = overrides(tmp_path, "checkpoint.interval=3", run_name="asked")
+    run_ranks(2, train_to_a_signal, arguments)
+    folder = tmp_path / "asked" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == [step_name(3)]
+    assert verify_checkpoint(folder / step_name(3)) == []
+    assert len(losses(tmp_path / "asked")) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "layout", "count"),

@@ -10,7 +10,7 @@ from tests.matrix import base, covering
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 def test_the_covering_set_equals_one_process(dtype):
     results = list(verify(base(), covering(), steps=5, dtype=dtype))
     wrong = [(result.layout.name, result.errors, result.cause) for result in results if not result.is_equal]

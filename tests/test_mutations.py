@@ -7,14 +7,15 @@ import pytest
 from megallama.verify.layouts import parse_layouts
 from megallama.verify.verify import Bench, check_layouts
 from tests.matrix import base
-from tests.mutations import MUTATIONS
+from tests.mutations.planted import MUTATIONS
 
 # Every pair of axes that a bug can need, in as few ranks as that takes; `tests/matrix.py` covers the pairs of all
 # dimensions, this list is the part of it that one mutation after another can be run against.
 LAYOUTS = parse_layouts(
     "tp=2,sp=true;tp=2;pp=2,zero=2,recompute=full;dp=2,zero=0;dp=2,zero=3;"
     "pp=2,ties=true,zero=1;pp=2,vp=2,zero=1;tp=2,pp=2,zero=1;tp=2,sp=true,dp=2,zero=2,mbs=2;"
-    "cp=2;cp=2,data.reset_positions=true,pp=2"
+    "cp=2;cp=2,data.reset_positions=true,pp=2;"
+    "pp=2,vp=2,zero=2,zero.offload=true,zero.accumulate_micro_batches=3"
 )
 
 MISSABLE = 1
@@ -59,6 +60,8 @@ HINTS = {
     "interleaved": "vp=2",
     "replica": "dp=2",
     "_dp": "dp=2",
+    "host_memory": "offload",
+    "local_sums": "accumulate",
 }
 """Part of a bug's name, and of the layouts in which it should show; only the order of trying, to save time."""
 

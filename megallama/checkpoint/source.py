@@ -64,4 +64,8 @@ def _candidate(path: Path) -> Path:
         paths = [directory / step_name(step) for step in reversed(steps)]
         if paths:
             return next((candidate for candidate in paths if is_complete(candidate)), paths[0])
+    if (path / "config.json").is_file():
+        raise UserError(
+            f"this is a Hugging Face folder: run `megallama import {path} OUTPUT` and start from OUTPUT"
+        )
     raise UserError("there is no checkpoint: give a step-... directory or the train.run_dir of a run")

@@ -29,6 +29,7 @@ VALUE_RULES: tuple[Rule, ...] = (
     check_layout.check_offload,
     check_files.check_data_schedule,
     check_layout.check_accumulation,
+    check_layout.check_transformer_engine,
 )
 
 DIVIDING_RULES: tuple[Rule, ...] = (

@@ -18,6 +18,10 @@ NOT_OF_THE_SHAPE = {"name", "hidden_dropout", "init_std", "max_seq_len"}
 """Model settings that may change between the runs of one checkpoint."""
 
 
+SPARE_RATIO = 0.01
+"""Share of a model's rows that its tokenizer may leave unused, as in Qwen's published models (under 0.3%)."""
+
+
 class ManifestFacts(Protocol):
     """What is asked of a manifest."""
 
@@ -129,7 +133,7 @@ def check_vocabulary(config: RunConfig, probes: Probes) -> Iterator[str]:
             tokenizer = probes.load_tokenizer(path)
         except UserError as error:
             yield str(error)
-    if tokenizer and tokenizer.vocab_size != vocab_size:
+    if tokenizer and not 0 <= vocab_size - tokenizer.vocab_size <= vocab_size * SPARE_RATIO:
         yield (
             f"model.vocab_size ({vocab_size}) must be the tokenizer's ({tokenizer.vocab_size} in {path}):"
             f" set model.vocab_size={tokenizer.vocab_size}, or data.tokenizer to the file of the model"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megallama.config.schema import ContextKind, Recompute, RunConfig
+from megallama.config.schema import AttentionKernel, ContextKind, Dtype, Recompute, RunConfig
 from megallama.grid import (
     Grid,
     micro_batch_group_size,
@@ -141,6 +141,22 @@ def check_offload(config: RunConfig) -> Iterator[str]:
         yield (
             f"zero.offload (true) needs zero.stage ({zero.stage}) 1 or 2: stage 0 shards nothing, so every rank of a"
             " host would hold all of the state; stage 3 is not proved with it"
+        )
+
+
+def check_transformer_engine(config: RunConfig) -> Iterator[str]:
+    """Transformer Engine takes whole sequences in 16 bits."""
+    if config.kernels.attention != AttentionKernel.te:
+        return
+    if config.parallel.cp > 1:
+        yield (
+            f"kernels.attention (te) cannot cut a sequence (parallel.cp={config.parallel.cp}): it cuts every document"
+            " into chunks, this project the whole sequence; use kernels.attention=sdpa"
+        )
+    if config.precision.dtype not in (Dtype.bf16, Dtype.fp16):
+        yield (
+            f"kernels.attention (te) needs precision.dtype bf16 or fp16 (it is {config.precision.dtype.value}):"
+            " use kernels.attention=sdpa"
         )
 
 

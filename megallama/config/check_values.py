@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from megallama.config.schema import RopeScaling, RunConfig, Schedule
+from megallama.config.schema import ModelConfig, RopeScaling, RunConfig, Schedule
 
 AT_LEAST_ONE = (
     "model.num_layers",
@@ -48,7 +48,27 @@ NOT_NEGATIVE = (
     "eval.interval",
 )
 
-ABOVE_ZERO = ("model.rope_theta", "model.norm_eps", "model.init_std", "optim.lr", "optim.eps")
+ABOVE_ZERO = (
+    "model.rope_theta",
+    "model.rope_low_freq_factor",
+    "model.rope_high_freq_factor",
+    "model.rope_beta_fast",
+    "model.rope_beta_slow",
+    "model.rope_attention_factor",
+    "model.norm_eps",
+    "model.init_std",
+    "optim.lr",
+    "optim.eps",
+)
+
+ROPE_KIND_OF = {
+    "rope_low_freq_factor": RopeScaling.llama3,
+    "rope_high_freq_factor": RopeScaling.llama3,
+    "rope_beta_fast": RopeScaling.yarn,
+    "rope_beta_slow": RopeScaling.yarn,
+    "rope_attention_factor": RopeScaling.yarn,
+}
+"""Settings of the model that only one kind of rotary scaling reads."""
 
 
 def setting(config: RunConfig, key: str) -> Any:
@@ -71,8 +91,9 @@ def check_ranges(config: RunConfig) -> Iterator[str]:
         if setting(config, key) < 0:
             yield f"{key} ({setting(config, key)}) must not be negative: give 0 or more"
     for key in ABOVE_ZERO:
-        if setting(config, key) <= 0:
-            yield f"{key} ({setting(config, key)}) must be above 0: give a positive number"
+        value = setting(config, key)
+        if value is not None and value <= 0:
+            yield f"{key} ({value}) must be above 0: give a positive number"
 
 
 def check_numbers_are_finite(config: RunConfig) -> Iterator[str]:
@@ -161,11 +182,17 @@ def check_heads(config: RunConfig) -> Iterator[str]:
         width = model.head_dim or model.hidden_size // model.num_heads
         source = "" if model.head_dim else " = model.hidden_size / model.num_heads"
         yield f"model.head_dim ({width}{source}) must be even: rotary embedding turns channels in pairs"
+    elif (
+        model.rope_scaling is RopeScaling.dynamic
+        and (model.head_dim or model.hidden_size // model.num_heads) == 2
+    ):
+        yield "model.head_dim (2) must be above 2 with model.rope_scaling=dynamic: give the heads more channels"
 
 
 def check_rope(config: RunConfig) -> Iterator[str]:
-    """Kind and factor of the rotary scaling belong together."""
+    """Kind, factor and parameters of the rotary scaling belong together."""
     model = config.model
+    yield from _rope_parameters(model)
     factor = model.rope_scaling_factor
     if not math.isfinite(factor):
         return
@@ -173,7 +200,7 @@ def check_rope(config: RunConfig) -> Iterator[str]:
         if factor != 1:
             yield (
                 f"model.rope_scaling_factor ({factor:g}) has no effect with model.rope_scaling=none:"
-                " set model.rope_scaling to linear or llama3, or the factor to 1"
+                " set model.rope_scaling to linear, llama3, yarn or dynamic, or the factor to 1"
             )
         return
     if factor < 1:
@@ -181,12 +208,36 @@ def check_rope(config: RunConfig) -> Iterator[str]:
             f"model.rope_scaling_factor ({factor:g}) must be at least 1 with"
             f" model.rope_scaling={model.rope_scaling.value}: LLaMA 3.1 has 8, LLaMA 3.2 has 32"
         )
-    if model.rope_scaling is RopeScaling.llama3 and model.rope_original_max_seq_len > model.max_seq_len:
+    if model.rope_scaling is not RopeScaling.linear and model.rope_original_max_seq_len > model.max_seq_len:
         yield (
             f"model.rope_original_max_seq_len ({model.rope_original_max_seq_len}) must not exceed"
-            f" model.max_seq_len ({model.max_seq_len}) with model.rope_scaling=llama3:"
+            f" model.max_seq_len ({model.max_seq_len}) with model.rope_scaling={model.rope_scaling.value}:"
             " it is the shorter context that the frequencies were made for"
         )
+
+
+def _rope_parameters(model: ModelConfig) -> Iterator[str]:
+    kind = model.rope_scaling
+    if kind is RopeScaling.yarn and 0 < model.rope_theta <= 1:
+        yield f"model.rope_theta ({model.rope_theta:g}) must be above 1 with model.rope_scaling=yarn: 10000 is usual"
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    for name, reader in ROPE_KIND_OF.items():
+        value = getattr(model, name)
+        if kind is not reader and value != defaults[name] and value > 0:
+            yield (
+                f"model.{name} ({value:g}) has no effect with model.rope_scaling={kind.value}:"
+                f" leave it out, or set model.rope_scaling={reader.value}"
+            )
+    for low, high in (
+        ("rope_low_freq_factor", "rope_high_freq_factor"),
+        ("rope_beta_slow", "rope_beta_fast"),
+    ):
+        if getattr(model, low) >= getattr(model, high) > 0:
+            yield (
+                f"model.{low} ({getattr(model, low):g}) must be below model.{high} ({getattr(model, high):g}):"
+                " they are the ends of a ramp, the usual values are"
+                f" {defaults[low]:g} and {defaults[high]:g}"
+            )
 
 
 def check_seq_len(config: RunConfig) -> Iterator[str]:
@@ -208,7 +259,7 @@ def check_partial(config: RunConfig) -> Iterator[str]:
             " give the size of the old vocabulary"
         )
     is_chosen = rows is not None or bool(optim.partial_parameters)
-    if optim.partial_steps and not is_chosen:
+    if optim.partial_steps > 0 and not is_chosen:
         yield (
             f"optim.partial_steps ({optim.partial_steps}) leaves nothing to train: set optim.partial_rows_from"
             " or optim.partial_parameters"

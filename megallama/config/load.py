@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megallama.config.names import field_types, listing
 from megallama.config.overrides import parse_overrides
-from megallama.config.schema import RunConfig, SourceConfig
+from megallama.config.schema import ModelConfig, RunConfig, SourceConfig
 from megallama.config.typed import Problems, build, defaults, plain, type_name
 from megallama.host.errors import ConfigError
 
@@ -114,6 +114,13 @@ def expand_sweep(
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML; `load_yaml` reads it back exactly."""
     return str(yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
+
+
+def model_to_yaml(model: ModelConfig) -> str:
+    """A shape as a file of `conf/model/`: what differs from the defaults."""
+    usual = defaults(ModelConfig)
+    settings = {key: value for key, value in plain(model).items() if value != usual[key]}
+    return str(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
 class _Dumper(yaml.SafeDumper):

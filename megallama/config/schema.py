@@ -45,6 +45,8 @@ class RopeScaling(str, Enum):
     none = "none"
     linear = "linear"
     llama3 = "llama3"
+    yarn = "yarn"
+    dynamic = "dynamic"
 
 
 class ContextKind(str, Enum):
@@ -67,6 +69,7 @@ class AttentionKernel(str, Enum):
 
     auto = "auto"
     sdpa = "sdpa"
+    te = "te"
     reference = "reference"
 
 
@@ -116,7 +119,7 @@ class ModelConfig:
     head_dim: int | None = None
     """Width of one head. Null: hidden_size / num_heads."""
     vocab_size: int = MISSING
-    """Number of token ids. Must be what the tokenizer says when `data.tokenizer` is set."""
+    """Number of token ids. Must be what the tokenizer says when `data.tokenizer` is set, or up to 1% more (Qwen)."""
     vocab_multiple: int = 128
     """The embedding is padded to a multiple of this; it is part of the shape, so it never depends on tp."""
     max_seq_len: int = MISSING
@@ -124,13 +127,28 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling = RopeScaling.none
-    """Change of the rotary frequencies for long contexts."""
+    """Change of the rotary frequencies for long contexts. `dynamic` (NTK) raises the base by what `train.seq_len`
+    exceeds `rope_original_max_seq_len`, once for the whole run, and changes nothing below it."""
     rope_scaling_factor: float = 1.0
     """Factor of `rope_scaling`: 8 for LLaMA 3.1, 32 for LLaMA 3.2."""
     rope_original_max_seq_len: int = 8192
-    """Context the frequencies were made for, in tokens; used by `rope_scaling=llama3`."""
+    """Context the frequencies were made for, in tokens; used by `rope_scaling` llama3, yarn and dynamic."""
+    rope_low_freq_factor: float = 1.0
+    """Of `rope_scaling=llama3`: fewer turns than this in the original context: the whole factor."""
+    rope_high_freq_factor: float = 4.0
+    """Of `rope_scaling=llama3`: more turns than this in the original context: no change."""
+    rope_beta_fast: float = 32.0
+    """Of `rope_scaling=yarn`: more turns than this in the original context: no change."""
+    rope_beta_slow: float = 1.0
+    """Of `rope_scaling=yarn`: fewer turns than this in the original context: the whole factor."""
+    rope_attention_factor: float | None = None
+    """Of `rope_scaling=yarn`: queries and keys are scaled by this. Null: 0.1 x ln(rope_scaling_factor) + 1."""
     norm_eps: float = 1e-5
     """Epsilon of RMSNorm."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values (Qwen2, Qwen2.5)."""
+    qk_norm: bool = False
+    """Normalise each head of queries and keys by RMSNorm before the rotation (Qwen3)."""
     tie_embeddings: bool = False
     """Share the embedding with the output layer."""
     init_std: float = 0.02
@@ -326,7 +344,8 @@ class KernelConfig:
     """
 
     attention: AttentionKernel = AttentionKernel.auto
-    """Core attention."""
+    """Core attention: sdpa (torch's fused kernels, what auto takes), te (NVIDIA Transformer Engine, where it is
+    installed; bf16 or fp16 with parallel.cp=1), reference (the formulas)."""
     norm: NormKernel = NormKernel.auto
     """RMSNorm."""
     adam: AdamKernel = AdamKernel.auto

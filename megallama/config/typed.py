@@ -98,6 +98,11 @@ def defaults(cls: type[Any]) -> dict[str, Any]:
     return tree
 
 
+def optional(cls: type[Any]) -> dict[str, Any]:
+    """`defaults` of the settings that need not be given."""
+    return {name: value for name, value in defaults(cls).items() if value != MISSING}
+
+
 def shown(value: Any) -> str:
     """A plain value as the user would write it."""
     if value is None or isinstance(value, bool):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from megallama.data.token_file import TokenFile
 from megallama.host.errors import UserError
 
-_DOCUMENTS_AT_ONCE = 256
+_DOCUMENTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,15 @@ class JoinedSource:
         """Where documents with tokens begin among tokens [first, end) of a file."""
         file, found = self._files[number], list[int]()
         document = file.document_at(first - 1) + 1 if first else 0
+        count = _DOCUMENTS_AT_ONCE
         while document < file.num_documents:
-            stop = min(document + _DOCUMENTS_AT_ONCE, file.num_documents)
+            stop = min(document + count, file.num_documents)
             starts = file.document_starts(document, stop)
             inside = starts[: int(np.searchsorted(starts, end))]
             found += inside.tolist()
             if len(inside) < len(starts):
                 break
-            document = stop
+            document, count = stop, 2 * count
         return list(dict.fromkeys(found))  # empty documents begin where the next one does
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megallama.kernels.attention_context import RingAttention, WholeKeysAttention, ulysses_attention
 from megallama.kernels.fused import choose_kernel
 from megallama.kernels.segments import Block, DocumentStarts
+from megallama.kernels.transformer_engine import TransformerEngineAttention
 
 BACKENDS = ("sdpa", "reference")
 """In the order in which `auto` prefers them; both run on every device that torch knows."""
@@ -71,8 +72,16 @@ class Attention:
         return out
 
 
-def choose_attention(name: str, *, cp_kind: str = "all_gather") -> Attention:
-    """The backend called `name`, or the first one for `auto`."""
+def choose_attention(
+    name: str, *, cp_kind: str = "all_gather"
+) -> Attention | TransformerEngineAttention:
+    """The backend called `name`, or the first one for `auto`.
+
+    Raises:
+        UserError: `name` was asked for and cannot run here.
+    """
+    if name == "te":
+        return TransformerEngineAttention()
     backend = BACKENDS[0] if name == "auto" else name
     assert backend in BACKENDS, name
     return Attention(backend=backend, cp_kind=cp_kind)

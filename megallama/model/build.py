@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +20,8 @@ from megallama.kernels.norm import choose_norm
 from megallama.model.chunks import Chunks, take_output_weight
 from megallama.model.initialize import initialize_parameter
 from megallama.model.layout import Piece, canonical_layout
-from megallama.model.modules import CoreAttention, RmsNorm, SwigluMlp, with_kernel
-from megallama.model.rope import RotaryAngles, inverse_frequencies
+from megallama.model.modules import CoreAttention, HeadNorm, RmsNorm, SwigluMlp, with_kernel
+from megallama.model.rope import RotaryAngles, attention_factor, inverse_frequencies
 from megallama.topology.groups import Topology
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,11 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
     vp = config.parallel.vp
     # megatron-core's own way needs its gradient buffers, which ZeRO has not: model/chunks.py ties them.
     is_tied_over_stages = model.tie_embeddings and config.parallel.pp > 1
-    spec = (with_kernel(CoreAttention, attention), with_kernel(RmsNorm, norm))
+    spec = (
+        with_kernel(CoreAttention, attention),
+        with_kernel(RmsNorm, norm),
+        with_kernel(HeadNorm, norm) if model.qk_norm else None,
+    )
     chunks = [
         GPTModel(
             transformer,
@@ -86,8 +91,9 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
         )
         for index in range(vp)
     ]
+    frequencies = inverse_frequencies(model, head_dim=head_dim(model), seq_len=config.train.seq_len)
     for chunk in chunks:
-        chunk.rotary_pos_emb = RotaryAngles(inverse_frequencies(model, head_dim=head_dim(model)))
+        chunk.rotary_pos_emb = RotaryAngles(frequencies)
     tied_weight, tied_copy = None, None
     layout: dict[str, tuple[Piece, ...]] = {}
     for index, chunk in enumerate(chunks):
@@ -125,11 +131,15 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_kv_heads or model.num_heads,
         kv_channels=head_dim(model),
+        # YaRN scales queries and keys; their product takes the square.
+        softmax_scale=attention_factor(model) ** 2 / math.sqrt(head_dim(model)),
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -193,6 +203,7 @@ def _layer_spec(
     transformer: TransformerConfig,
     attention: type[torch.nn.Module],
     norm: type[torch.nn.Module],
+    head_norm: type[torch.nn.Module] | None,
     *,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
@@ -200,6 +211,9 @@ def _layer_spec(
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     parts.self_attention.submodules.core_attention = attention
+    if head_norm is not None:
+        parts.self_attention.submodules.q_layernorm = head_norm
+        parts.self_attention.submodules.k_layernorm = head_norm
     parts.mlp = SwigluMlp  # a class, not a spec: megatron-core's handling of specs knows its own MLPs only
     num_layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules([layer] * num_layers, layer_norm=norm)

@@ -25,6 +25,17 @@ def layer_matrix_parameters(model: ModelConfig) -> int:
     return attention + 3 * model.hidden_size * model.ffn_hidden_size
 
 
+def layer_vector_sizes(model: ModelConfig) -> list[int]:
+    """Sizes of the vectors of one layer: two norms, and where the model has them qkv bias, q norm and k norm."""
+    width = model.head_dim or model.hidden_size // model.num_heads
+    sizes = [model.hidden_size, model.hidden_size]
+    if model.qkv_bias:
+        sizes.append((model.num_heads + 2 * (model.num_kv_heads or model.num_heads)) * width)
+    if model.qk_norm:
+        sizes += [width, width]
+    return sizes
+
+
 def count_parameters(model: ModelConfig, *, padded: bool) -> int:
     """Trainable parameters. Tied embeddings count once.
 
@@ -34,8 +45,8 @@ def count_parameters(model: ModelConfig, *, padded: bool) -> int:
     """
     rows = padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple) if padded else model.vocab_size
     embeddings = rows * model.hidden_size * (1 if model.tie_embeddings else 2)
-    norms = (2 * model.num_layers + 1) * model.hidden_size
-    return model.num_layers * layer_matrix_parameters(model) + norms + embeddings
+    layer = layer_matrix_parameters(model) + sum(layer_vector_sizes(model))
+    return model.num_layers * layer + model.hidden_size + embeddings
 
 
 def train_flops_per_token(model: ModelConfig, *, seq_len: int, attention: Attention = "causal") -> float:

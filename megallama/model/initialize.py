@@ -30,14 +30,14 @@ def initialize_parameter(
 ) -> None:
     """Fill a local parameter with its part of the canonical initial weights.
 
-    Norm weights are 1; matrices are normal with `init_std`, divided by sqrt(2 x num_layers) where they write to
-    the residual stream (GPT-2's rule, which Megatron-LM and LLaMA reproductions share).
+    Norm weights are 1, biases 0; matrices are normal with `init_std`, divided by sqrt(2 x num_layers) where they
+    write to the residual stream (GPT-2's rule, which Megatron-LM and LLaMA reproductions share).
     """
     flat = parameter.view(-1)
     for piece in pieces:
         target = flat[piece.start : piece.start + math.prod(piece.shape)].view(piece.shape)
         if len(piece.global_shape) == 1:
-            target.fill_(1.0)
+            target.fill_(0.0 if piece.key.endswith(".bias") else 1.0)
             continue
         is_output = piece.key.endswith(RESIDUAL_OUTPUTS)
         std = model.init_std / math.sqrt(2 * model.num_layers) if is_output else model.init_std

@@ -6,7 +6,6 @@ megatron-core is sequence-first.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megallama.kernels.attention import Attention
 from megallama.kernels.norm import NormFunction
 from megallama.kernels.swiglu import swiglu
+from megallama.kernels.transformer_engine import TransformerEngineAttention
 from megallama.model.packing import Packing
 
 
@@ -45,10 +45,22 @@ class RmsNorm(torch.nn.Module):
         return self.kernel(x_SBH, weight, self.eps)
 
 
+class HeadNorm(RmsNorm):
+    """RMSNorm over the width of each query or key head.
+
+    A tensor rank normalises its own heads only, so under any tensor parallelism the weight's gradient is a partial
+    sum. (Keys that several ranks share are normalised by each for its own queries: partial as well.)
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.is_partial = config.tensor_model_parallel_size > 1
+
+
 class CoreAttention(torch.nn.Module):
     """Causal core attention inside documents, with megatron-core's signature, on `kernels.attention`."""
 
-    kernel: Attention
+    kernel: Attention | TransformerEngineAttention
 
     def __init__(
         self,
@@ -59,9 +71,9 @@ class CoreAttention(torch.nn.Module):
         **__: Any,
     ) -> None:
         super().__init__()
-        assert config.kv_channels is not None
+        assert config.softmax_scale is not None
         self.cp_group = pg_collection.cp
-        self.scale = 1.0 / math.sqrt(config.kv_channels)
+        self.scale = config.softmax_scale
 
     def forward(
         self,
@@ -100,6 +112,8 @@ class SwigluMlp(MLP):
         return out, None
 
 
-def with_kernel(module: type[torch.nn.Module], kernel: Attention | NormFunction) -> type[torch.nn.Module]:
+def with_kernel(
+    module: type[torch.nn.Module], kernel: Attention | TransformerEngineAttention | NormFunction
+) -> type[torch.nn.Module]:
     """A subclass of `module` bound to `kernel`: megatron-core's specs take classes, not instances."""
     return type(module.__name__, (module,), {"kernel": staticmethod(kernel)})

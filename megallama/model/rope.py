@@ -10,28 +10,61 @@ import torch
 from megallama.config.schema import ModelConfig, RopeScaling
 from megallama.model.packing import Packing
 
-LLAMA3_LOW_FREQ_FACTOR = 1.0
-LLAMA3_HIGH_FREQ_FACTOR = 4.0
-"""The two factors that every published LLaMA 3.1 and 3.2 configuration uses."""
 
-
-def inverse_frequencies(model: ModelConfig, *, head_dim: int) -> torch.Tensor:
+def inverse_frequencies(model: ModelConfig, *, head_dim: int, seq_len: int) -> torch.Tensor:
     """Angle per position of each pair of channels, fp32 [head_dim / 2].
 
     `linear` divides every frequency by the factor (Chen et al. 2023, arXiv:2306.15595). `llama3` divides only
     wavelengths longer than the original context, keeps those shorter than a quarter of it, and interpolates
-    between (The Llama 3 Herd of Models, arXiv:2407.21783, and Meta's published reference).
+    between (The Llama 3 Herd of Models, arXiv:2407.21783, and Meta's published reference). `yarn` does the same
+    with a ramp over the channels (Peng et al. 2023, arXiv:2309.00071). `dynamic` raises the base for sequences
+    longer than the original context (NTK-aware scaling, appendix of the same paper).
+
+    Args:
+        model: The shape.
+        head_dim: Width of one head.
+        seq_len: Length of the run's sequences in tokens; only `dynamic` asks.
     """
-    frequency = 1.0 / model.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    theta, factor, original = model.rope_theta, model.rope_scaling_factor, model.rope_original_max_seq_len
+    if model.rope_scaling == RopeScaling.dynamic:
+        stretch = factor * max(seq_len, original) / original - (factor - 1)
+        theta *= stretch ** (head_dim / (head_dim - 2))
+    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if model.rope_scaling == RopeScaling.linear:
-        return frequency / model.rope_scaling_factor
+        return frequency / factor
     if model.rope_scaling == RopeScaling.llama3:
-        wavelength = 2 * math.pi / frequency
-        turns = model.rope_original_max_seq_len / wavelength
-        share = (turns - LLAMA3_LOW_FREQ_FACTOR) / (LLAMA3_HIGH_FREQ_FACTOR - LLAMA3_LOW_FREQ_FACTOR)
-        keep = share.clamp(0.0, 1.0)
-        return keep * frequency + (1 - keep) * frequency / model.rope_scaling_factor
-    return frequency
+        turns = original * frequency / (2 * math.pi)
+        low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    elif model.rope_scaling == RopeScaling.yarn:
+        keep = _yarn_ramp(model, head_dim)
+    else:
+        return frequency
+    return keep * frequency + (1 - keep) * frequency / factor
+
+
+def _yarn_ramp(model: ModelConfig, head_dim: int) -> torch.Tensor:
+    """How much of its frequency each pair of channels keeps: 1 for fast ones, 0 for slow ones, [head_dim / 2]."""
+
+    def channel(turns: float) -> float:
+        """The pair of channels that turns so often in the original context; the inverse of the frequencies."""
+        length = model.rope_original_max_seq_len / (2 * math.pi * turns)
+        return head_dim * math.log(length) / (2 * math.log(model.rope_theta))
+
+    first = max(math.floor(channel(model.rope_beta_fast)), 0)
+    last = min(math.ceil(channel(model.rope_beta_slow)), head_dim - 1)
+    # A ramp of no width is a step.
+    width = max(last - first, 0.001)
+    return 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - first) / width).clamp(0.0, 1.0)
+
+
+def attention_factor(model: ModelConfig) -> float:
+    """What queries and keys are scaled by: 1 unless YaRN says otherwise (equation 22 of arXiv:2309.00071)."""
+    if model.rope_scaling != RopeScaling.yarn:
+        return 1.0
+    if model.rope_attention_factor is not None:
+        return model.rope_attention_factor
+    return 0.1 * math.log(model.rope_scaling_factor) + 1.0
 
 
 class RotaryAngles(torch.nn.Module):

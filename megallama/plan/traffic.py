@@ -38,8 +38,17 @@ class _Holding:
     is_last: bool
     matrices: list[int]
     """Elements of each local matrix (weight decay group)."""
-    vectors: list[int]
-    """Elements of each local norm weight."""
+    norms: list[int]
+    """Elements of each norm weight."""
+    head_norms: list[int]
+    """Elements of each norm weight of query and key heads."""
+    biases: list[int]
+    """Elements of each local bias."""
+
+    @property
+    def vectors(self) -> list[int]:
+        """Elements of each local vector (no weight decay)."""
+        return self.norms + self.head_norms + self.biases
 
 
 def step_traffic(config: RunConfig, *, grid: Grid, place: Coordinates) -> Traffic:
@@ -91,7 +100,9 @@ def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
         is_first=is_first,
         is_last=is_last,
         matrices=[size // grid.tp for size in matrices + [rows * hidden] * tables],
-        vectors=[hidden] * (2 * layers + int(is_last)),
+        norms=[hidden] * (2 * layers + int(is_last)),
+        head_norms=[head_dim] * (2 * layers * int(model.qk_norm)),
+        biases=[(query + 2 * key_value) // grid.tp] * (layers * int(model.qkv_bias)),
     )
 
 
@@ -128,10 +139,11 @@ def _add_tensor_parallel(
         # and scatters once.
         traffic["tp", "all_gather", dtype] += m * activation * (6 * layers + 2 * again + first + 2 * last)
         traffic["tp", "reduce_scatter", dtype] += m * activation * (4 * layers + 2 * again + first + last)
-        norms = sum(holding.vectors) * ITEM_BYTES[dtype]
+        norms = sum(holding.norms) * ITEM_BYTES[dtype]
         traffic["tp", "all_reduce", dtype] += m * norms
     else:
         traffic["tp", "all_reduce", dtype] += m * activation * (4 * layers + 2 * again + first + last)
+    traffic["tp", "all_reduce", dtype] += m * sum(holding.head_norms) * ITEM_BYTES[dtype]
     if last:
         # Cross-entropy: the largest logit, the logit of the label, the sum of exponentials, of each token.
         tokens = config.train.seq_len // grid.cp * config.train.micro_batch_size
@@ -226,7 +238,7 @@ def _add_zero(
         traffic["dp_cp", "reduce_scatter", wide] += padded * wide_item * m
         # Vectors are below the size from which DeepSpeed shards. Matrices stay whole from forward to backward where
         # the model is smaller than stage3_max_live_parameters (1e9 elements); above it they are gathered twice.
-        vectors = sum(holding.vectors) + len(holding.vectors) * (-config.model.hidden_size % ranks)
+        vectors = sum(-(-size // ranks) * ranks for size in holding.vectors)
         traffic["dp_cp", "all_gather", dtype] += ((padded - vectors) * m + vectors) * item
         traffic["dp_cp", "all_reduce", "float64"] += 2 * 8
 

@@ -1,8 +1,8 @@
 """A small model with the structure of a large one: what decides how a layout composes is kept, widths are not.
 
 Kept: heads per key/value head, how heads divide over tp and over ulysses' ranks, ties, rotary scaling,
-recomputation, masks, precision, kernels, optimizer, padding of the vocabulary (or none), ZeRO stage. Shrunk: layers,
-widths, vocabulary, sequence, batch.
+recomputation, masks, precision, kernels, optimizer, padding of the vocabulary (or none), ZeRO stage. Shrunk:
+layers, widths, vocabulary, sequence, batch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     if config.optim.schedule == Schedule.wsd:
         sizes["optim.decay_steps"] = min(max(1, config.optim.decay_steps), steps - 1)
         sizes["optim.warmup_steps"] = 0
-    if model.rope_scaling == RopeScaling.llama3:
+    if model.rope_scaling not in (RopeScaling.none, RopeScaling.linear):
         # Wavelengths fall on both sides of the change, as in the large model.
         sizes["model.rope_original_max_seq_len"] = seq_len // 2
     else:

@@ -20,6 +20,8 @@ SIGNS = [(f"{key}=-1", f"{key} (-1") for key in NOT_NEGATIVE] + [
     (f"{key}=0", f"{key} (0") for key in ABOVE_ZERO
 ]
 
+YARN = ["model.rope_scaling=yarn", "model.rope_scaling_factor=2", "model.rope_original_max_seq_len=256"]
+
 RULES: list[tuple[list[str], str]] = [
     *(([change], message) for change, message in SIZES + SIGNS),
     # numbers
@@ -65,6 +67,34 @@ RULES: list[tuple[list[str], str]] = [
     (
         ["model.rope_scaling=llama3", "model.rope_scaling_factor=8"],
         "model.rope_original_max_seq_len (8192) must not exceed model.max_seq_len (512)",
+    ),
+    (
+        ["model.rope_scaling=dynamic", "model.rope_scaling_factor=8"],
+        "model.rope_original_max_seq_len (8192) must not exceed model.max_seq_len (512) with"
+        " model.rope_scaling=dynamic",
+    ),
+    (
+        ["model.rope_scaling=linear", "model.rope_scaling_factor=2", "model.rope_attention_factor=1.5"],
+        "model.rope_attention_factor (1.5) has no effect with model.rope_scaling=linear: leave it out, or set"
+        " model.rope_scaling=yarn",
+    ),
+    (
+        [*YARN, "model.rope_low_freq_factor=2"],
+        "model.rope_low_freq_factor (2) has no effect with model.rope_scaling=yarn",
+    ),
+    (
+        [*YARN, "model.rope_beta_slow=40"],
+        "model.rope_beta_slow (40) must be below model.rope_beta_fast (32)",
+    ),
+    ([*YARN, "model.rope_theta=1"], "model.rope_theta (1) must be above 1 with model.rope_scaling=yarn"),
+    (
+        [
+            "model.rope_scaling=dynamic",
+            "model.rope_scaling_factor=2",
+            "model.rope_original_max_seq_len=64",
+            "model.head_dim=2",
+        ],
+        "model.head_dim (2) must be above 2 with model.rope_scaling=dynamic",
     ),
     (["train.seq_len=513"], "train.seq_len (513) must not exceed model.max_seq_len (512)"),
     # combinations
@@ -119,6 +149,14 @@ RULES: list[tuple[list[str], str]] = [
     (
         ["zero.stage=2", "zero.accumulate_micro_batches=999"],
         "zero.accumulate_micro_batches (999) must be at most",
+    ),
+    (
+        ["kernels.attention=te", "parallel.cp=2"],
+        "kernels.attention (te) cannot cut a sequence (parallel.cp=2)",
+    ),
+    (
+        ["kernels.attention=te", "precision.dtype=fp32"],
+        "kernels.attention (te) needs precision.dtype bf16 or fp16",
     ),
     (["zero.stage=-1"], "zero.stage (-1) must be 0, 1, 2 or 3"),
     (["train.recompute_layers=1"], "train.recompute_layers (1) needs train.recompute=full (it is none)"),
@@ -209,6 +247,16 @@ RANK_RULES: list[tuple[int, list[str], str]] = [
     ),
     (8, ["parallel.pp=8"], "model.num_layers (4) must be at least parallel.pp x parallel.vp (8 x 1 = 8)"),
     (
+        1,
+        ["checkpoint.interval=1000", "checkpoint.keep_every=1500"],
+        "checkpoint.keep_every (1500) must be a multiple of checkpoint.interval (1000): use 2000",
+    ),
+    (
+        1,
+        ["checkpoint.interval=0", "checkpoint.keep_every=50"],
+        "checkpoint.keep_every (50) must be a multiple of checkpoint.interval (0): set checkpoint.interval too",
+    ),
+    (
         4,
         ["parallel.tp=4", "parallel.sequence_parallel=true", "train.seq_len=66"],
         "train.seq_len (66) must be a multiple of parallel.tp (4) with parallel.sequence_parallel=true: use 64 or 68",
@@ -231,6 +279,8 @@ def test_rule_on_ranks(world_size: int, changes: list[str], message: str, tmp_pa
         (8, ["zero.stage=3", "parallel.tp=2"]),
         (1, ["model.head_dim=20"]),  # heads need not fill the hidden size
         (1, ["model.rope_scaling=linear", "model.rope_scaling_factor=2"]),
+        (1, [*YARN, "model.rope_attention_factor=1.2", "model.rope_beta_fast=16"]),
+        (1, ["model.qkv_bias=true", "model.qk_norm=true"]),
         (1, ["model.tie_embeddings=true"]),
         (2, ["model.tie_embeddings=true", "parallel.pp=2"]),
         (3, ["parallel.pp=3", "parallel.layers_per_stage=[1,2,1]"]),
@@ -238,6 +288,7 @@ def test_rule_on_ranks(world_size: int, changes: list[str], message: str, tmp_pa
         (2, ["parallel.pp=2", "parallel.vp=2", "train.global_batch_size=7"]),
         (2, ["parallel.pp=2", "parallel.layers_per_stage=[1,3]"]),
         (1, ["optim.schedule=wsd", "optim.warmup_steps=50", "optim.decay_steps=50"]),
+        (1, ["checkpoint.interval=50", "checkpoint.keep_every=100"]),
         (1, ["optim.clip=0", "optim.weight_decay=0", "checkpoint.interval=0", "optim.min_lr_ratio=0"]),
     ],
 )
@@ -293,6 +344,11 @@ def test_vocabulary_must_be_the_tokenizers(tmp_path: Path) -> None:
     (problem,) = problems_of(config, tokenizer=Vocabulary(vocab_size=4096))
     assert f"model.vocab_size (512) must be the tokenizer's (4096 in {tmp_path}/词/t.model)" in problem
     assert "set model.vocab_size=4096" in problem
+    # Qwen's embeddings have a few rows that no token uses.
+    assert problems_of(config, tokenizer=Vocabulary(vocab_size=507)) == []
+    for other in (506, 513):
+        (problem,) = problems_of(config, tokenizer=Vocabulary(vocab_size=other))
+        assert f"set model.vocab_size={other}" in problem
     assert problems_of(config, tokenizer=UserError("no tokenizer there")) == ["no tokenizer there"]
 
 

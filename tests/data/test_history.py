@@ -224,7 +224,7 @@ def test_when_the_data_runs_out() -> None:
 
 def test_another_sequence_length_begins_new_epochs() -> None:
     history = begin(source("a"), batch=5)
-    longer = Mix(Cutting(8, 1), (source("a", num_windows=5),))
+    longer = Mix(Cutting(8, 1), (source("a", num_windows=7),))
     for steps, expected in ((3, (2, 0)), (4, (2, 0)), (0, (0, 0))):
         changed = history.continued(steps, global_batch_size=5, plan=[(0, longer)])
         assert drawn_of(changed, steps * 5)[2:] == expected, "a new epoch, unless none was under way"

@@ -7,7 +7,7 @@ import torch
 
 from megallama.engine.invariants import checksum
 from tests.jobs import overrides, run_job, train
-from tests.mutations import MUTATIONS
+from tests.mutations.planted import MUTATIONS
 from tests.ranks import run_ranks
 
 

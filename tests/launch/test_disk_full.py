@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,48 @@ def assert_first_is_whole(checkpoints: Path) -> None:
     assert verify_checkpoint(checkpoints / "step-00000002") == []
 
 
-def test_a_disk_that_is_full_for_one_rank_ends_all(tmp_path: Path) -> None:
+def full_for_a_while(arguments: list[str]) -> Outcome:
+    """A run whose disk is full at its second save and has room again at the third."""
+
+    def limit_or_lift(self: object, state: object, report: object) -> None:
+        step = state.step  # type: ignore[attr-defined]
+        if step == 3:
+            limit_files()
+        if step == 6:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint-save":
+                    thread.join()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    from megallama.trainer import hooks
+
+    hooks.GuardHook.after_step = limit_or_lift  # type: ignore[method-assign, assignment]
+    return call(impatient_train_command, arguments)
+
+
+def test_training_goes_on_after_a_failed_background_save(tmp_path: Path) -> None:
+    wanted = run_job(tmp_path, 1, "train.steps=7", run_name="whole")
+    arguments = overrides(tmp_path, SAVES, "train.steps=7", "checkpoint.keep=0", run_name="cut")
+    (outcome,) = run_ranks(1, full_for_a_while, arguments)
+    assert outcome.code == 0 and "Traceback" not in outcome.output, outcome.output
+    (line,) = (line for line in outcome.output.splitlines() if "not saved" in line)
+    assert line.startswith("WARNING: step 4 was not saved, training goes on: no room for the checkpoint at ")
+    assert (
+        "free some space, lower checkpoint.keep or move train.run_dir; older checkpoints are untouched"
+        in line
+    )
+    lines = metrics(tmp_path / "cut")
+    assert [entry["checkpoint/failures"] for entry in lines if "checkpoint/failures" in entry] == [1]
+    assert [(entry["train/loss"], entry["train/grad_norm"]) for entry in lines] == wanted
+    folder = tmp_path / "cut" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-0000000{step}" for step in (2, 6, 7)]
+    assert all(verify_checkpoint(path) == [] for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("async_save", ["true", "false"])
+def test_a_disk_that_is_full_for_one_rank_ends_all(async_save: str, tmp_path: Path) -> None:
     wanted = run_job(tmp_path, 2, SAVES, run_name="whole")
-    arguments = overrides(tmp_path, SAVES, run_name="cut")
+    arguments = overrides(tmp_path, SAVES, f"checkpoint.async_save={async_save}", run_name="cut")
     first, second = run_ranks(2, limited_on_last_rank, arguments)
     assert (first.code, second.code) == (EXIT_USER_ERROR, EXIT_USER_ERROR), (first, second)
     assert first.errors[0].startswith("error: no room for the checkpoint at "), first.output
@@ -84,6 +124,8 @@ def test_a_disk_that_is_full_for_one_rank_ends_all(tmp_path: Path) -> None:
     for outcome in (first, second):
         assert len(outcome.errors) == 1 and "Traceback" not in outcome.output, outcome.output
     assert "free some space, lower checkpoint.keep or move train.run_dir" in first.output
+    # The last step must be saved: in the background mode, step 4 was tried before.
+    assert first.output.count("step 4 was not saved, training goes on") == (async_save == "true")
     assert_first_is_whole(tmp_path / "cut" / "checkpoints")
     assert run_job(tmp_path, 2, SAVES, run_name="cut") == wanted
     log = (tmp_path / "cut" / "log" / "rank-00000.log").read_text()

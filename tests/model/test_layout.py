@@ -9,7 +9,7 @@ from megallama.config.load import load_config
 from megallama.host.launch import read_launch_environment
 from megallama.model.build import build_model, head_dim
 from megallama.model.counts import count_parameters
-from megallama.model.rope import inverse_frequencies
+from megallama.model.rope import attention_factor, inverse_frequencies
 from megallama.topology.connect import connect
 from tests.jobs import SMALL
 from tests.ranks import run_ranks
@@ -56,6 +56,7 @@ def whole(extra, world_size):
         (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
         (2, ["parallel.pp=2", "parallel.vp=2", "model.tie_embeddings=true"]),
         (3, ["parallel.pp=3", "parallel.layers_per_stage=[2,1,1]"]),
+        (2, ["parallel.tp=2", "model.qkv_bias=true", "model.qk_norm=true"]),
     ],
 )
 def test_initial_weights_do_not_depend_on_the_layout(world_size, extra):
@@ -65,37 +66,79 @@ def test_initial_weights_do_not_depend_on_the_layout(world_size, extra):
     assert all(torch.equal(wanted[key], got[key]) for key in wanted)
 
 
-def test_canonical_tensors_are_as_many_as_are_counted():
-    config = load_config(OVERRIDES)
-    tensors = whole([], 1)
+@pytest.mark.parametrize("extra", [[], ["model.qkv_bias=true", "model.qk_norm=true", "model.head_dim=24"]])
+def test_canonical_tensors_are_as_many_as_are_counted(extra):
+    config = load_config([*OVERRIDES, *extra])
+    tensors = whole(extra, 1)
+    assert {float(tensor.max()) for key, tensor in tensors.items() if tensor.dim() == 1} <= {0.0, 1.0}
+    assert all(float(tensor.max()) == 0 for key, tensor in tensors.items() if key.endswith(".bias"))
     assert sum(tensor.numel() for tensor in tensors.values()) == count_parameters(config.model, padded=True)
     assert tensors["embedding.word_embeddings.weight"].shape[0] == 128, "the vocabulary is padded"
 
 
-@pytest.mark.parametrize("name", ["llama2_7b", "llama31_8b", "llama32_1b"])
+ROPES = {
+    "llama2_7b": {"rope_type": "default"},
+    "llama31_8b": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "llama32_1b": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "qwen25_7b yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    "llama2_7b yarn": {
+        "rope_type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 256,
+        "beta_fast": 20.0,
+        "beta_slow": 2.0,
+        "attention_factor": 1.5,
+    },
+    "llama2_7b linear": {"rope_type": "linear", "factor": 2.5},
+    "llama2_7b dynamic": {"rope_type": "dynamic", "factor": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
 def test_rotary_frequencies_equal_transformers(name):
     from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    model = load_config([*OVERRIDES, f"model={name}", "model.vocab_size=100"]).model
-    parameters = {"rope_type": "default", "rope_theta": model.rope_theta}
-    if model.rope_scaling.value == "llama3":
-        parameters = {
-            "rope_type": "llama3",
-            "rope_theta": model.rope_theta,
-            "factor": model.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": model.rope_original_max_seq_len,
-        }
-    peer = LlamaRotaryEmbedding(
-        LlamaConfig(
-            hidden_size=model.hidden_size,
-            num_attention_heads=model.num_heads,
-            head_dim=head_dim(model),
-            max_position_embeddings=model.max_seq_len,
-            rope_parameters=parameters,
-        )
+    parameters, words = dict(ROPES[name]), [f"model={name.split()[0]}", "model.vocab_size=100"]
+    ours = {
+        "factor": "rope_scaling_factor",
+        "original_max_position_embeddings": "rope_original_max_seq_len",
+        "beta_fast": "rope_beta_fast",
+        "beta_slow": "rope_beta_slow",
+        "attention_factor": "rope_attention_factor",
+    }
+    kind = parameters["rope_type"]
+    if " " in name:
+        words += [f"model.{ours[key]}={value}" for key, value in parameters.items() if key in ours]
+        words += [f"model.rope_scaling={kind}"]
+    # transformers takes what dynamic NTK was trained for from max_position_embeddings.
+    words += ["model.rope_original_max_seq_len=4096"] if kind == "dynamic" else []
+    model = load_config([*OVERRIDES, *words]).model
+    peer = LlamaConfig(
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        head_dim=head_dim(model),
+        max_position_embeddings=model.max_seq_len,
+        rope_parameters={**parameters, "rope_theta": model.rope_theta},
     )
-    ours = inverse_frequencies(model, head_dim=head_dim(model))
-    assert torch.allclose(ours, peer.inv_freq, rtol=1e-6, atol=0)
+    for seq_len in (64, 4096, 10000):
+        if kind == "default":
+            wanted = LlamaRotaryEmbedding(peer).inv_freq, 1.0
+        else:
+            wanted = ROPE_INIT_FUNCTIONS[kind](peer, seq_len=seq_len)
+        got = inverse_frequencies(model, head_dim=head_dim(model), seq_len=seq_len)
+        assert torch.allclose(got, wanted[0], rtol=1e-6, atol=0)
+        assert attention_factor(model) == pytest.approx(wanted[1])

@@ -10,7 +10,7 @@ from megallama.cli import main
 from megallama.verify.layouts import parse_layouts
 from megallama.verify.verify import verify
 from tests.matrix import base
-from tests.mutations import MUTATIONS
+from tests.mutations.planted import MUTATIONS
 
 
 def test_the_largest_experiment_is_equal_and_says_so(capsys):

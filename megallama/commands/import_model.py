@@ -1,0 +1,37 @@
+"""`megallama import`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megallama.commands.parser import Commands
+
+
+def add(commands: Commands) -> None:
+    """Add `megallama import` to the command line."""
+    parser = commands.add_parser("import", help="make a checkpoint to train from out of a Hugging Face model")
+    parser.add_argument("hf_folder", type=Path, help="folder with config.json and .safetensors files")
+    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("--name", default=None, help="name of the shape (default: that of the output folder)")
+    parser.add_argument(
+        "--vocab-multiple",
+        type=int,
+        default=128,
+        help="pad the embedding to a multiple of this (default: 128)",
+    )
+    parser.set_defaults(command=_import)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from megallama.checkpoint.import_model import import_model
+    from megallama.model.counts import count_parameters
+
+    model = import_model(
+        options.hf_folder, options.output, name=options.name, vocab_multiple=options.vocab_multiple
+    )
+    print(f"wrote {options.output}: {model.name}, {count_parameters(model, padded=False):,} parameters")
+    print(
+        f"train from it: launch/train.py --config-dir {options.output}/conf model={model.name}"
+        f" train.init_from={options.output} ..."
+    )

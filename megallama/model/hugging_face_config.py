@@ -1,0 +1,362 @@
+"""Between a Hugging Face `config.json` and our model configuration.
+
+Every key of a `config.json` is either translated, checked, or listed here as harmless with the reason. Anything
+else is an error: a key that were dropped in silence might change what the model computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from megallama.config.check_values import (
+    check_heads,
+    check_numbers_are_finite,
+    check_ranges,
+    check_rope,
+    check_sizes_are_positive,
+)
+from megallama.config.schema import ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
+from megallama.config.typed import Problems, build
+from megallama.host.errors import UserError
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+"""`model_type` of the families and their class in transformers."""
+
+SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_heads",
+    "vocab_size": "vocab_size",
+}
+"""Keys that every config.json must have, and our names."""
+
+OTHERS = {
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "init_std",
+}
+
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+}
+"""What transformers takes where config.json lacks a key, beside what all families share."""
+
+SHARED_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
+
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "use_sliding_window": (False, None),
+    "pretraining_tp": (1, None),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "chunk_size_feed_forward": (0, None),
+    "pruned_heads": ({}, None),
+    "sep_token_id": (None,),
+    "tie_encoder_decoder": (False, None),
+    "auto_map": (None,),
+    "residual_dropout": (0, None),
+    "embedding_dropout": (0, None),
+}
+"""Keys whose other values would be another model than ours, and the values that are ours."""
+
+HARMLESS = {
+    "torch_dtype": "each tensor says its own format",
+    "dtype": "each tensor says its own format",
+    "transformers_version": "who wrote the file",
+    "_name_or_path": "where the file came from",
+    "use_cache": "how transformers generates",
+    "bos_token_id": "the tokenizer says it; generation_config.json is kept",
+    "eos_token_id": "the tokenizer says it; generation_config.json is kept",
+    "pad_token_id": "we pack documents and never pad",
+    "max_window_layers": "only used with a sliding window, which is refused",
+    "output_attentions": "what transformers returns",
+    "output_hidden_states": "what transformers returns",
+    "return_dict": "what transformers returns",
+    "torchscript": "how transformers is traced",
+    "id2label": "only for classification",
+    "label2id": "only for classification",
+    "problem_type": "only for classification",
+    "finetuning_task": "a note",
+    "task_specific_params": "a note",
+    "_attn_implementation_autoset": "which kernel transformers takes",
+    "is_llama_config": "a note of some early LLaMA files",
+}
+"""Keys that change nothing of what is computed, each with the reason."""
+
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+"""Keys of `rope_parameters` (in older files `rope_scaling`) for each kind."""
+
+
+def model_from_hugging_face(
+    config: Mapping[str, Any], *, name: str, vocab_multiple: int = 128, origin: str = "config.json"
+) -> ModelConfig:
+    """The model that a `config.json` describes.
+
+    Args:
+        config: Its content.
+        name: Name of the shape.
+        vocab_multiple: `model.vocab_multiple`.
+        origin: Where it was read, for messages.
+
+    Raises:
+        UserError: another architecture, or keys and values that are not supported, all of them by name.
+    """
+    family = config.get("model_type")
+    if family not in ARCHITECTURES:
+        raise UserError(
+            f"{origin}: model_type ({family!r}) is not supported: it must be one of {', '.join(ARCHITECTURES)}"
+        )
+    given = {**SHARED_DEFAULTS, **DEFAULTS[family], **config}
+    problems = [f"{key} is missing" for key in SIZES if config.get(key) is None]
+    problems += _unsupported(given, family)
+    values = {ours: given[theirs] for theirs, ours in (SIZES | OTHERS).items() if theirs in given}
+    values |= _rope_settings(given, problems=problems)
+    values |= {
+        "name": name,
+        "vocab_multiple": vocab_multiple,
+        "qkv_bias": family == "qwen2",
+        "qk_norm": family == "qwen3",
+    }
+    if not problems:
+        found = Problems()
+        model = build(ModelConfig, values, problems=found, key="model", origin=origin)
+        problems = [*found.messages, *(f"{key} is missing" for key in found.missing)]
+        problems = problems or _shape_problems(model)
+        if not problems and model is not None:
+            return model
+    raise UserError(
+        f"{origin} describes a model that is not supported ({'; '.join(problems)}): choose another one"
+    )
+
+
+def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
+    problems = []
+    known = {"model_type", "architectures", "rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
+    known |= {"sliding_window", *SIZES, *OTHERS, *HARMLESS}
+    for key, value in config.items():
+        if key in REQUIRED:
+            if value not in REQUIRED[key]:
+                problems.append(f"{key} is {value!r}, only {REQUIRED[key][0]!r} is supported")
+        elif key not in known:
+            problems.append(f"{key} ({value!r}) is unknown")
+    architectures = config.get("architectures")
+    if architectures not in (None, [ARCHITECTURES[family]]):
+        problems.append(f"architectures is {architectures!r}, only [{ARCHITECTURES[family]!r}] is supported")
+    # Qwen's files name a window that use_sliding_window=false switches off.
+    if family not in ("qwen2", "qwen3") and config.get("sliding_window") is not None:
+        problems.append(
+            f"sliding_window is {config['sliding_window']!r}, only full attention (null) is supported"
+        )
+    kinds = config.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        problems.append(f"layer_types is {kinds!r}, only 'full_attention' is supported")
+    return problems
+
+
+def _rope_settings(config: Mapping[str, Any], *, problems: list[str]) -> dict[str, Any]:
+    """Our settings of the rotary embedding, from either form: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
+    forms = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(form, Mapping) for form in forms):
+        problems.append("rope_scaling and rope_parameters must be objects or null")
+        return {}
+    rope, newer = ({**form} for form in forms)
+    for part in (rope, newer):
+        if "type" in part:  # the oldest name
+            part.setdefault("rope_type", part["type"])
+            del part["type"]
+    if rope and newer and any(newer.get(key, value) != value for key, value in rope.items()):
+        problems.append("rope_scaling and rope_parameters disagree")
+    rope |= newer
+    theta = rope.pop("rope_theta", None)
+    if None not in (theta, config.get("rope_theta")) and theta != config["rope_theta"]:
+        problems.append("rope_theta and rope_parameters disagree")
+    if rope.pop("partial_rotary_factor", 1) not in (1, None):
+        problems.append("partial_rotary_factor other than 1 is not supported")
+    kind = rope.pop("rope_type", "default")
+    settings: dict[str, Any] = {
+        "rope_theta": next(
+            (value for value in (theta, config.get("rope_theta")) if value is not None), 10000.0
+        )
+    }
+    if kind not in ROPE_KEYS:
+        problems.append(f"rope_type {kind!r} is not supported, only {', '.join(ROPE_KEYS)}")
+        return settings
+    problems += [f"{key} of the {kind} rope is unknown" for key in rope if key not in ROPE_KEYS[kind]]
+    if kind != "default" and not _is_number(rope.get("factor")):
+        problems.append(f"factor of the {kind} rope ({rope.get('factor')!r}) must be a number")
+        return settings
+    return settings | _scaling_settings(kind, rope, config, problems=problems)
+
+
+def _scaling_settings(
+    kind: str, rope: Mapping[str, Any], config: Mapping[str, Any], *, problems: list[str]
+) -> dict[str, Any]:
+    if kind == "default":
+        return {}
+    context = config["max_position_embeddings"]
+    settings: dict[str, Any] = {"rope_scaling": kind, "rope_scaling_factor": rope["factor"]}
+    if kind == "linear":
+        return settings
+    original = rope.get("original_max_position_embeddings") or context
+    settings["rope_original_max_seq_len"] = original
+    if kind == "llama3":
+        wanted = ("low_freq_factor", "high_freq_factor")
+        problems += [f"{key} of the llama3 rope is missing" for key in wanted if rope.get(key) is None]
+        return settings | {f"rope_{key}": rope[key] for key in wanted if rope.get(key) is not None}
+    if isinstance(context, int) and isinstance(original, int) and context == original:
+        # Such files state the context before it was stretched.
+        settings["max_seq_len"] = int(context * rope["factor"])
+    if kind == "yarn":
+        if rope.get("truncate") not in (None, True):
+            problems.append(f"truncate of the yarn rope is {rope['truncate']!r}, only true is supported")
+        settings |= {f"rope_{key}": rope[key] for key in ("beta_fast", "beta_slow") if rope.get(key)}
+        settings["rope_attention_factor"] = _attention_factor(rope, problems=problems)
+    return settings
+
+
+def _attention_factor(rope: Mapping[str, Any], *, problems: list[str]) -> Any:
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not over or not under:
+        return None
+    if not _is_number(over) or not _is_number(under) or rope["factor"] < 1:
+        problems.append(f"mscale ({over!r}) and mscale_all_dim ({under!r}) of the yarn rope must be numbers")
+        return None
+    return (0.1 * over * math.log(rope["factor"]) + 1) / (0.1 * under * math.log(rope["factor"]) + 1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shape_problems(model: ModelConfig | None) -> list[str]:
+    assert model is not None
+    train = TrainConfig(steps=1, run_dir=".", seq_len=1, global_batch_size=1)
+    config = RunConfig(model=model, train=train, optim=OptimConfig(lr=1.0))
+    problems = [*check_sizes_are_positive(config), *check_numbers_are_finite(config)]
+    return problems or [*check_ranges(config), *check_heads(config), *check_rope(config)]
+
+
+def hugging_face_config(
+    model: ModelConfig, *, dtype: str, bos_id: int | None, eos_id: int | None
+) -> dict[str, Any]:
+    """The `config.json` of a model, in the form that every version of transformers reads.
+
+    Raises:
+        UserError: no family has this combination.
+    """
+    family = _family(model)
+    heads, width = model.num_heads, model.head_dim or model.hidden_size // model.num_heads
+    context = model.max_seq_len
+    if model.rope_scaling is RopeScaling.dynamic:
+        # transformers takes the context before it is stretched from here.
+        context = model.rope_original_max_seq_len
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        **{theirs: getattr(model, ours) for theirs, ours in (SIZES | OTHERS).items()},
+        "num_key_value_heads": model.num_kv_heads or heads,
+        "head_dim": width,
+        "max_position_embeddings": context,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": _rope_scaling(model),
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if family == "llama":
+        config |= {"attention_bias": False, "mlp_bias": False}
+    elif family == "mistral":
+        config["sliding_window"] = None
+    else:
+        config |= {"use_sliding_window": False, "sliding_window": None}
+    if family == "qwen3":
+        config["attention_bias"] = False
+    return config
+
+
+def _family(model: ModelConfig) -> str:
+    if model.qkv_bias and model.qk_norm:
+        raise UserError(
+            "model.qkv_bias with model.qk_norm (true, true) has no family in transformers: it cannot be exported"
+        )
+    if model.qkv_bias:
+        return "qwen2"
+    if model.qk_norm:
+        return "qwen3"
+    # transformers' LLaMA insists that heads divide the hidden width, even where head_dim is given.
+    return "llama" if model.hidden_size % model.num_heads == 0 else "mistral"
+
+
+def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    kind, factor = model.rope_scaling, model.rope_scaling_factor
+    if kind is RopeScaling.none:
+        return None
+    rope: dict[str, Any] = {"rope_type": kind.value, "factor": factor}
+    if kind in (RopeScaling.llama3, RopeScaling.yarn):
+        rope["original_max_position_embeddings"] = model.rope_original_max_seq_len
+    if kind is RopeScaling.llama3:
+        rope |= {
+            "low_freq_factor": model.rope_low_freq_factor,
+            "high_freq_factor": model.rope_high_freq_factor,
+        }
+    if kind is RopeScaling.yarn:
+        rope |= {"beta_fast": model.rope_beta_fast, "beta_slow": model.rope_beta_slow}
+        if model.rope_attention_factor is not None:
+            rope["attention_factor"] = model.rope_attention_factor
+    return rope
+
+
+def same_model(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Keys in which two shapes differ that compute something else; null stands for what it means."""
+    skipped = {"name", "vocab_multiple", "max_seq_len", "init_std", "hidden_dropout"}
+    first, second = _explicit(one), _explicit(other)
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in skipped]
+    return [
+        f"model.{name} ({first[name]} and {second[name]})" for name in names if first[name] != second[name]
+    ]
+
+
+def _explicit(model: ModelConfig) -> dict[str, Any]:
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    values["num_kv_heads"] = model.num_kv_heads or model.num_heads
+    values["head_dim"] = model.head_dim or model.hidden_size // model.num_heads
+    if model.rope_scaling in (RopeScaling.none, RopeScaling.linear):
+        values["rope_original_max_seq_len"] = None
+    return values

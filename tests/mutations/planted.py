@@ -1,0 +1,9 @@
+"""All planted bugs that `verify` is to notice."""
+
+from __future__ import annotations
+
+# Each adds its own to the registry.
+from tests.mutations import context, gradients, host_memory, loss, weights
+from tests.mutations.registry import MUTATIONS
+
+__all__ = ["MUTATIONS", "context", "gradients", "host_memory", "loss", "weights"]

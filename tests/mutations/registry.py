@@ -1,0 +1,53 @@
+"""Bugs of composition, planted in the ranks of a layout to see whether `verify` notices.
+
+Each is of a kind that has happened: the kinds in DESIGN.md section 4, and those collected for Megatron-LM in its
+issue 7452 (a parameter left out of or counted twice in the norm, a reduction over the wrong group or none, a scale
+by the wrong size, a slice of the wrong rank, a stale copy). None shows in one process with one micro-batch, so no
+test without ranks could find it; `test_mutations.py` proves that too.
+
+A mutation patches modules in the process of a rank, before the model is built.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+MUTATIONS: dict[str, Callable[[], None]] = {}
+"""By name; each function patches this process."""
+
+
+def mutation(function: Callable[[], None]) -> Callable[[], None]:
+    MUTATIONS[function.__name__] = function
+    return function
+
+
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace `owner.name` by `around(original, ...)`."""
+    original = getattr(owner, name)
+    setattr(owner, name, functools.wraps(original)(functools.partial(around, original)))
+
+
+def wrap_method(owner: type, name: str, around: Callable[..., Any]) -> None:
+    """Replace a method by `around(original, self, ...)`."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda self, *args, **kwargs: around(original, self, *args, **kwargs))
+
+
+def sizes() -> Any:
+    """megatron-core's parallel_state: places and sizes of this rank, once connected."""
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+def scale_loss(factor: Callable[[dict[str, Any], Any], float]) -> None:
+    import megallama.engine.build as build
+
+    def around(schedule: Any, stage: Any, batches: Any, **kwargs: Any) -> Any:
+        if not kwargs["forward_only"]:
+            kwargs["loss_factor"] *= factor(kwargs, batches)
+        return schedule(stage, batches, **kwargs)
+
+    wrap(build, "run_schedule", around)
