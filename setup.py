@@ -22,6 +22,8 @@ setup(
         "sentencepiece>=0.2.0",
         "protobuf>=5",  # reads and writes what a sentencepiece file says
         "tiktoken>=0.12",
+        "pyarrow>=17",
+        "zstandard>=0.23",
         "tokenizers>=0.21",
         "safetensors>=0.5",
         "numpy>=1.26",
@@ -32,6 +34,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
+        "bench": ["datasets>=3.0", "transformers>=4.50"],
         # NVIDIA apex and Transformer Engine are built from source in docker/: the package called
         # "apex" on the index is an unrelated project, so neither can be named here.
         "gpu": ["triton>=3.0"],

@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from megallama.commands.parser import Commands, add_corpus_options
+
+if TYPE_CHECKING:
+    from megallama.data.prepare import PrepareReport
 
 
 def add(commands: Commands) -> None:
     """Add `megallama prepare` to the command line."""
-    prepare = commands.add_parser("prepare", help="tokenize text into datasets to train on")
+    prepare = commands.add_parser(
+        "prepare",
+        help="tokenize text into datasets to train on",
+        description="Tokenizes .txt, .jsonl, .parquet, and .gz and .zst of these. Killed or stopped by an error, the"
+        " same command goes on where it was.",
+    )
     add_corpus_options(prepare)
+    prepare.add_argument(
+        "--separator",
+        default="",
+        metavar="LINE",
+        help="text files: documents end at lines that are exactly this",
+    )
     prepare.add_argument(
         "--tokenizer", required=True, help="tokenizer.model, tokenizer.json, or their folder"
     )
     prepare.add_argument("--output", required=True, help="folder that gets train.* and valid.*")
     prepare.add_argument("--validation-fraction", type=float, default=0.01)
+    prepare.add_argument(
+        "--shard-tokens",
+        type=float,
+        default=None,
+        metavar="N",
+        help="cut the output into files of N tokens: 1e9",
+    )
+    prepare.add_argument(
+        "--max-damaged",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N records that are not UTF-8, no JSON or without text, and list them in damaged.jsonl"
+        " (default 0: stop at the first)",
+    )
     prepare.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
     prepare.add_argument("--overwrite", action="store_true", help="replace an existing output")
     prepare.set_defaults(command=_prepare)
@@ -34,12 +64,30 @@ def _prepare(options: argparse.Namespace) -> None:
             seed=options.seed,
             workers=options.workers,
             suffixes=options.suffix,
-            documents=options.documents,
+            documents="separator" if options.separator else options.documents,
+            separator=options.separator,
             text_field=options.text_field,
+            shard_tokens=None if options.shard_tokens is None else int(options.shard_tokens),
+            max_damaged=options.max_damaged,
             overwrite=options.overwrite,
             progress=progress,
         )
+    _show(report)
+
+
+def _show(report: PrepareReport) -> None:
     print(f"{report.source_files} files, {report.source_bytes / 1e6:.1f} MB")
+    if report.resumed_bytes:
+        print(f"  {report.resumed_bytes / 1e6:.1f} MB of them were tokenized before")
+    for source in report.sources:
+        shares = [f"{script} {share:.0%}" for script, share in source.script_shares.items() if share >= 0.005]
+        print(
+            f"  {source.name}: {source.documents:,} documents, {source.tokens:,} tokens"
+            + (f" (letters: {', '.join(shares)})" if shares else "")
+        )
+    if report.damaged:
+        print(f"  {len(report.damaged):,} damaged records left out: see damaged.jsonl")
     for split in (report.train, report.validation):
         if split is not None:
-            print(f"  {split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens")
+            shards = f" in {split.shards:,} shards" if split.shards else ""
+            print(f"  {split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens{shards}")

@@ -1,44 +1,69 @@
-"""Tokenizing a corpus on many cores: text to token ids, in order, whatever the number of workers.
+"""Text to token ids, unit of work by unit of work: what one process does of a preparation.
 
+A unit is some stretches of the corpus. Its tokens go to a file of its own, which appears under its
+name when it is whole; the name is a digest of all that decides the content. So what is finished need
+not be done again, after a crash or with one file mended, and nothing else is ever taken for it.
 Imports no torch, because every worker process loads this module.
 """
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import multiprocessing.connection
+import json
 import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import struct
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megallama.data.corpus import STRETCH_BYTES, CorpusFile, Reading, Stretch, cut_stretches, read_documents
-from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.data.corpus import CorpusFile, Damage, Document, Reading, Stretch, cut_stretches, read_records
+from megallama.data.script_counts import count_characters
+from megallama.data.tokenizer_interface import Tokenizer
 from megallama.host.errors import UserError
 
-_BATCHES_AHEAD = 3
+UNIT_BYTES = 4 << 20
+MAX_UNITS = 1 << 16
+MAX_UNIT_BYTES = 1 << 28
+
+_FOOTER = struct.Struct("<QQQ8s")  # documents, tokens, bytes of facts
+_MAGIC = b"MLUNIT01"
+_BATCH_DOCUMENTS = 512
+_BATCH_CHARACTERS = 1 << 20
+_MAX_STRETCHES = 4096
 
 
 @dataclass(frozen=True)
-class EncodedBatch:
-    """Documents of some stretches as token ids."""
+class Unit:
+    """Some stretches of one source."""
 
-    tokens: npt.NDArray[np.int32]
-    """All documents one after another, each closed by the end-of-document token."""
-    lengths: npt.NDArray[np.int64]
-    """Tokens of each document."""
-    draws: npt.NDArray[np.float64]
-    """One number in [0, 1) for each document, a hash of the seed and the document's key."""
-    num_bytes: int
-    """Bytes of text that were read."""
+    stretches: tuple[Stretch, ...]
+    key: str
+    """Digest of the stretches, the state of their files, the tokenizer and the way of reading."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the disk."""
+        return sum(stretch.num_bytes for stretch in self.stretches)
+
+
+@dataclass
+class UnitFacts:
+    """What is counted in a unit."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    """UTF-8 of the documents."""
+    characters: dict[str, int] = field(default_factory=dict)
+    """Characters of each script."""
+    damaged: list[Damage] = field(default_factory=list)
+    """Records that gave no document."""
 
 
 def draw_of(key: str, *, seed: int) -> float:
@@ -48,102 +73,171 @@ def draw_of(key: str, *, seed: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def encode_corpus(
+def token_type(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """The number format of tokens: two bytes where the vocabulary fits, as megatron-core has it."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+def plan_units(
     files: Sequence[CorpusFile],
     *,
-    tokenizer: Tokenizer,
     reading: Reading,
     seed: int,
-    workers: int,
-    stretch_bytes: int = STRETCH_BYTES,
-) -> Generator[EncodedBatch, None, None]:
-    """The encoded documents of `files` in order; the same for any `workers` and `stretch_bytes`.
+    tokenizer_sha256: str,
+    unit_bytes: int | None = None,
+) -> Iterator[Unit]:
+    """Units that cover `files` in order, each of about `unit_bytes`, of one source, and small files together.
 
     Raises:
-        UserError: from reading a document, or because a worker process died.
+        UserError: as `cut_stretches`.
     """
-    batches = _batches(files, reading=reading, stretch_bytes=stretch_bytes)
-    total = sum(file.num_bytes for file in files)
-    workers = min(workers, -(-total // stretch_bytes))
-    if workers <= 1:
-        for batch in batches:
-            yield _encode_batch(batch, tokenizer=tokenizer, reading=reading, seed=seed)
-        return
-    # Spawn, not fork: the caller may hold the threads of torch, whose locks a fork would copy as they are.
-    pool = ProcessPoolExecutor(
-        max_workers=workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(str(tokenizer.path), reading, seed),
-    )
-    waiting: deque[Future[EncodedBatch]] = deque()
-    try:
-        for batch in batches:
-            waiting.append(pool.submit(_encode_in_worker, batch))
-            if len(waiting) > workers * _BATCHES_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a tokenizing process died ({workers} workers), most likely out of memory: use fewer workers"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _batches(files: Sequence[CorpusFile], *, reading: Reading, stretch_bytes: int) -> Iterator[list[Stretch]]:
-    """Stretches in groups of about `stretch_bytes`, so that small files do not each cost a message."""
+    if unit_bytes is None:
+        unit_bytes = UNIT_BYTES
+        total = sum(file.num_bytes for file in files)
+        while total // unit_bytes > MAX_UNITS and unit_bytes < MAX_UNIT_BYTES:
+            unit_bytes *= 2
+    settings = repr((1, asdict(reading), seed, tokenizer_sha256))
     group: list[Stretch] = []
     size = 0
-    for stretch in cut_stretches(files, reading=reading, stretch_bytes=stretch_bytes):
-        group.append(stretch)
-        size += stretch.end - stretch.start
-        if size >= stretch_bytes:
-            yield group
+    for stretch in cut_stretches(files, reading=reading, stretch_bytes=unit_bytes):
+        if group and (
+            size >= unit_bytes or len(group) >= _MAX_STRETCHES or stretch.file.source != group[0].file.source
+        ):
+            yield _unit(group, settings)
             group, size = [], 0
+        group.append(stretch)
+        size += stretch.num_bytes
     if group:
-        yield group
+        yield _unit(group, settings)
 
 
-def _encode_batch(
-    stretches: Sequence[Stretch], *, tokenizer: Tokenizer, reading: Reading, seed: int
-) -> EncodedBatch:
-    parts: list[npt.NDArray[np.int32]] = []
-    draws: list[float] = []
-    for stretch in stretches:
-        for document in read_documents(stretch, reading=reading):
-            ids = tokenizer.encode(document.text)
-            ids.append(tokenizer.eod_id)
-            parts.append(np.array(ids, dtype=np.int32))
-            draws.append(draw_of(document.key, seed=seed))
-    return EncodedBatch(
-        tokens=np.concatenate(parts) if parts else np.zeros(0, np.int32),
-        lengths=np.array([part.size for part in parts], dtype=np.int64),
-        draws=np.array(draws, dtype=np.float64),
-        num_bytes=sum(stretch.end - stretch.start for stretch in stretches),
+def unit_path(folder: Path, key: str) -> Path:
+    """Where the unit `key` lies below `folder`."""
+    return folder / key[:2] / key
+
+
+def encode_unit(
+    unit: Unit, path: Path, *, tokenizer: Tokenizer, reading: Reading, seed: int, max_damaged: int
+) -> UnitFacts:
+    """Tokenizes `unit` into the file `path`, which appears when it is whole.
+
+    Memory is bounded by a batch of documents and eight bytes a document.
+
+    Raises:
+        UserError: as `read_records`; more than `max_damaged` records give no document.
+        OSError: `path` cannot be written.
+    """
+    facts = UnitFacts()
+    lengths, draws = array("q"), array("d")
+    scripts: Counter[str] = Counter()
+    dtype = token_type(tokenizer.vocab_size)
+    path.parent.mkdir(exist_ok=True)
+    being_written = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(being_written, "wb", buffering=1 << 20) as stream:
+            for documents in _batches(unit, reading=reading, damaged=facts.damaged, max_damaged=max_damaged):
+                texts = [document.text for document in documents]
+                for ids in tokenizer.encode_batch(texts):
+                    ids.append(tokenizer.eod_id)
+                    lengths.append(len(ids))
+                    stream.write(np.array(ids, dtype=dtype).tobytes())
+                draws.extend(draw_of(document.key, seed=seed) for document in documents)
+                joined = "".join(texts)
+                facts.text_bytes += len(joined.encode("utf-8"))
+                scripts.update(count_characters(joined))
+            facts.documents, facts.tokens = len(lengths), sum(lengths)
+            facts.characters = dict(sorted(scripts.items()))
+            content = json.dumps(asdict(facts)).encode()
+            stream.write(lengths.tobytes())
+            stream.write(draws.tobytes())
+            stream.write(content)
+            stream.write(_FOOTER.pack(facts.documents, facts.tokens, len(content), _MAGIC))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(being_written, path)
+    finally:
+        being_written.unlink(missing_ok=True)
+    return facts
+
+
+@dataclass(frozen=True)
+class EncodedUnit:
+    """A finished unit, opened; the arrays are views of the file."""
+
+    tokens: npt.NDArray[np.integer]
+    """All documents one after another, each closed by the end-of-document token."""
+    lengths: npt.NDArray[np.int64]
+    """Tokens of each document."""
+    draws: npt.NDArray[np.float64]
+    """One number in [0, 1) for each document, a hash of the seed and the document's key."""
+
+
+def read_facts(path: Path) -> UnitFacts | None:
+    """The facts of the finished unit at `path`; None where there is none."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(-_FOOTER.size, os.SEEK_END)
+            _, _, size, magic = _FOOTER.unpack(stream.read())
+            if magic != _MAGIC:
+                return None
+            stream.seek(-_FOOTER.size - size, os.SEEK_END)
+            content: dict[str, Any] = json.loads(stream.read(size))
+    except (OSError, ValueError, struct.error):
+        return None
+    content["damaged"] = [Damage(**damage) for damage in content["damaged"]]
+    return UnitFacts(**content)
+
+
+def open_unit(path: Path, *, vocab_size: int) -> EncodedUnit:
+    """The finished unit at `path`."""
+    dtype = np.dtype(token_type(vocab_size))
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    documents, tokens, _, _ = _FOOTER.unpack(content[-_FOOTER.size :].tobytes())
+    first = tokens * dtype.itemsize
+    second = first + documents * 8
+    return EncodedUnit(
+        tokens=content[:first].view(dtype),
+        # Copies: behind an odd number of tokens they do not lie at multiples of 8.
+        lengths=np.frombuffer(content[first:second].tobytes(), dtype=np.int64),
+        draws=np.frombuffer(content[second : second + documents * 8].tobytes(), dtype=np.float64),
     )
 
 
-_in_worker: tuple[Tokenizer, Reading, int] | None = None
+def too_much_damage(damaged: Sequence[Damage], *, count: int, max_damaged: int) -> UserError:
+    """The error for more records without a document than are allowed; `damaged` are those that are known."""
+    if max_damaged == 0:
+        return UserError(damaged[0].problem)
+    return UserError(
+        f"{count} damaged records, more than max_damaged ({max_damaged}), the last one: {damaged[-1].problem};"
+        " mend them, or raise max_damaged to leave them out"
+    )
 
 
-def _start_worker(tokenizer_path: str, reading: Reading, seed: int) -> None:
-    global _in_worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends the pool
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _in_worker = (load_tokenizer(tokenizer_path), reading, seed)
+def _unit(stretches: Sequence[Stretch], settings: str) -> Unit:
+    digest = hashlib.blake2b(settings.encode("utf-8", "surrogateescape"), digest_size=16)
+    for stretch in stretches:
+        file = stretch.file
+        place = (file.relative, file.path, file.num_bytes, file.modified_ns, stretch.start, stretch.end)
+        digest.update(repr(place).encode("utf-8", "surrogateescape"))
+    return Unit(stretches=tuple(stretches), key=digest.hexdigest())
 
 
-def _end_with_parent() -> None:
-    # A killed parent leaves the pool's pipes open between the workers, which would wait for ever.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _encode_in_worker(stretches: Sequence[Stretch]) -> EncodedBatch:
-    assert _in_worker is not None
-    tokenizer, reading, seed = _in_worker
-    return _encode_batch(stretches, tokenizer=tokenizer, reading=reading, seed=seed)
+def _batches(
+    unit: Unit, *, reading: Reading, damaged: list[Damage], max_damaged: int
+) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for stretch in unit.stretches:
+        for record in read_records(stretch, reading=reading):
+            if isinstance(record, Damage):
+                damaged.append(record)
+                if len(damaged) > max_damaged:
+                    raise too_much_damage(damaged, count=len(damaged), max_damaged=max_damaged)
+                continue
+            batch.append(record)
+            size += len(record.text)
+            if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch

@@ -23,8 +23,9 @@ MANIFEST_FORMAT = "megallama-tokens"
 MANIFEST_VERSION = 1
 SUFFIXES = (".bin", ".idx", ".json")
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, number format, sequences, document entries."""
 # megatron-core 0.16.1, core/datasets/indexed_dataset.py, DType; floats cannot be token ids.
 _ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 _PREPARE_AGAIN = "prepare or copy it again"
@@ -153,22 +154,22 @@ def _check_index(prefix: str, bin_bytes: int) -> list[str]:
     damaged = f"index {prefix}.idx is damaged"
     idx_bytes = os.path.getsize(f"{prefix}.idx")
     with open(f"{prefix}.idx", "rb") as stream:
-        head = stream.read(_HEADER.size)
-        if len(head) < _HEADER.size:
+        head = stream.read(INDEX_HEADER.size)
+        if len(head) < INDEX_HEADER.size:
             return [f"{damaged} (only {idx_bytes} bytes): {_PREPARE_AGAIN}"]
-        magic, version, code, sequences, entries = _HEADER.unpack(head)
-        if magic != _MAGIC or version != 1:
+        magic, version, code, sequences, entries = INDEX_HEADER.unpack(head)
+        if magic != INDEX_MAGIC or version != 1:
             return [f"{damaged} (it does not begin as an index of version 1): {_PREPARE_AGAIN}"]
         if code not in _ITEM_BYTES:
             return [f"{damaged} (number format {code} is none of token ids): {_PREPARE_AGAIN}"]
-        plain = _HEADER.size + 12 * sequences + 8 * entries
+        plain = INDEX_HEADER.size + 12 * sequences + 8 * entries
         # Multimodal files have one more byte for each sequence.
         if idx_bytes not in (plain, plain + sequences):
             return [f"{damaged} ({idx_bytes} bytes where its header asks for {plain}): {_PREPARE_AGAIN}"]
         if sequences == 0 or entries < 2:
             return [f"token file {prefix} is empty (0 documents): prepare it from files that hold text"]
-        length = _number(stream, "<i", _HEADER.size + 4 * (sequences - 1))
-        pointer = _number(stream, "<q", _HEADER.size + 12 * sequences - 8)
+        length = _number(stream, "<i", INDEX_HEADER.size + 4 * (sequences - 1))
+        pointer = _number(stream, "<q", INDEX_HEADER.size + 12 * sequences - 8)
         last_entry = _number(stream, "<q", plain - 8)
     if last_entry != sequences or length < 0 or pointer < 0:
         return [
@@ -201,7 +202,7 @@ def _check_manifest(prefix: str, manifest: Manifest | None, *, checksums: bool) 
     if manifest is None:
         return []
     with open(f"{prefix}.idx", "rb") as stream:
-        _, _, code, _, entries = _HEADER.unpack(stream.read(_HEADER.size))
+        _, _, code, _, entries = INDEX_HEADER.unpack(stream.read(INDEX_HEADER.size))
     bin_bytes = os.path.getsize(f"{prefix}.bin")
     pairs: dict[str, tuple[int | str, int | str]] = {
         "bytes of .bin": (bin_bytes, manifest.bin_bytes),

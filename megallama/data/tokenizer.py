@@ -25,6 +25,7 @@ from megallama.data.tokenizer_interface import (
     read_tokenizer_file,
 )
 from megallama.data.tokenizer_ranks import RANKS_SIDE_FILE, RankTokenizer, is_rank_file
+from megallama.data.word_cache import WordCache
 from megallama.host.errors import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -68,7 +69,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer`."""
-        return [self.encode(text) for text in texts]
+        return self._words.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""
@@ -109,6 +110,10 @@ class SentencePieceTokenizer(Tokenizer):
         """`piece` as the model's normalization leaves it, without the space that many put before a text."""
         text = piece.replace(SPACE_MARK, " ")
         return str(self._inner.normalize(text)).replace(" ", SPACE_MARK)
+
+    @cached_property
+    def _words(self) -> WordCache:
+        return WordCache(self._processor, self.proto, self._inner)
 
     @cached_property
     def proto(self) -> sentencepiece_model_pb2.ModelProto:
@@ -172,7 +177,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """See `Tokenizer`."""
         for text in texts:
             text.encode("utf-8")
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        # "fast": without the offsets of tokens in the text.
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [list(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -14,23 +14,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megallama.data import encoding
-from megallama.data import prepare as prepare_module
-from megallama.data.encoding import EncodedBatch, draw_of
+from megallama.data.encoding import draw_of
 from megallama.data.prepare import prepare
 from megallama.data.prepared import check_token_file, read_manifest
 from megallama.data.token_file import TokenFile
+from megallama.data.token_writer import TokenWriter
 from megallama.data.tokenizer import Tokenizer
 from megallama.host.errors import UserError
 from tests.data.conftest import make_text, write_corpus
 
-ALL_NAMES = ["train.bin", "train.idx", "train.json", "valid.bin", "valid.idx", "valid.json"]
+TRAIN_NAMES = ["prepared.json", "token-counts.npy", "train.bin", "train.idx", "train.json"]
+ALL_NAMES = [*TRAIN_NAMES, "valid.bin", "valid.idx", "valid.json"]
 
 
 def names(folder: Path) -> list[str]:
@@ -38,7 +34,7 @@ def names(folder: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def texts(prefix: Path, tokenizer: Tokenizer) -> list[str]:
@@ -84,24 +80,24 @@ def test_every_document_is_in_one_split_and_decodes_to_its_text(
         assert check_token_file(split.prefix, checksums=True) == []
 
 
-def test_the_bytes_do_not_depend_on_workers_or_stretches(
-    tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bytes_do_not_depend_on_workers_or_units(tokenizer_path: Path, tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "in", files=6)
     lines = [json.dumps({"text": make_text(number)}, ensure_ascii=number % 2 == 0) for number in range(60)]
     (folder / "z.jsonl").write_text("\n".join(lines), encoding="utf-8")
     written = []
-    for number, (workers, stretch_bytes) in enumerate([(1, 1 << 20), (1, 3000), (2, 3000), (3, 9000)]):
-        monkeypatch.setattr(
-            prepare_module,
-            "encode_corpus",
-            lambda *args, size=stretch_bytes, **options: encoding.encode_corpus(
-                *args, stretch_bytes=size, **options
-            ),
-        )
+    for number, (workers, unit_bytes) in enumerate([(1, 1 << 20), (1, 3000), (2, 3000), (3, 9000)]):
         out = tmp_path / str(number)
-        prepare([folder], out, tokenizer=tokenizer_path, validation_fraction=0.2, workers=workers)
+        prepare(
+            [folder],
+            out,
+            tokenizer=tokenizer_path,
+            validation_fraction=0.2,
+            workers=workers,
+            unit_bytes=unit_bytes,
+            shard_tokens=4000,
+        )
         written.append(contents(out))
+    assert "train-00001.bin" in written[0]
     assert all(other == written[0] for other in written[1:])
 
 
@@ -122,46 +118,13 @@ def test_the_split_belongs_to_the_document_not_to_the_place_or_the_company(
     assert small != valid_texts(tmp_path / "a", seed=2)
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=12),
-    fraction=st.floats(0.001, 0.999),
-    cut=st.integers(0, 12),
-)
-def test_no_split_is_ever_empty_and_no_document_is_lost(
-    tokenizer: Tokenizer,
-    tmp_path_factory: pytest.TempPathFactory,
-    draws: list[float],
-    fraction: float,
-    cut: int,
-) -> None:
-    work = tmp_path_factory.mktemp("splits")
-    splits = prepare_module._Splits(work, tokenizer=tokenizer, validation_fraction=fraction)
-    for part in (range(len(draws))[:cut], range(len(draws))[cut:]):
-        splits.add(
-            EncodedBatch(
-                tokens=np.array(part, dtype=np.int32),
-                lengths=np.ones(len(part), dtype=np.int64),
-                draws=np.array([draws[i] for i in part]),
-                num_bytes=0,
-            )
-        )
-    splits.finish(work)
-    train, valid = (
-        np.fromfile(work / f"{name}.bin", dtype=np.uint16).tolist() for name in ("train", "valid")
-    )
-    assert train and valid
-    assert sorted(train + valid) == list(range(len(draws)))
-    assert max(draws[i] for i in valid) <= min(draws[i] for i in train)
-
-
 def test_without_validation_only_train_is_written(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     prepare([corpus], tmp_path, tokenizer=tokenizer_path, validation_fraction=0.5, workers=1)
     report = prepare(
         [corpus], tmp_path, tokenizer=tokenizer_path, validation_fraction=0, workers=1, overwrite=True
     )
     assert report.validation is None
-    assert names(tmp_path) == ALL_NAMES[:3], "validation data of another preparation must not stay"
+    assert names(tmp_path) == TRAIN_NAMES, "validation data of another preparation must not stay"
 
 
 def test_draws_are_even_and_keyed() -> None:
@@ -212,8 +175,10 @@ def test_a_refused_preparation_writes_nothing(
     }
     with pytest.raises(UserError, match=message):
         prepare(given.pop("inputs"), given.pop("output"), **given)
-    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob(".preparing*"))
+    assert not list(tmp_path.rglob("*.bin"))
     assert [name for name in names(tmp_path) if name != "new"] == before
+    # Only what saves work next time is kept.
+    assert not Path("new/out").exists() or next(Path("new/out/.preparing/units").rglob("*/*"))
 
 
 def test_existing_data_is_kept_unless_told_otherwise(
@@ -230,7 +195,7 @@ def test_existing_data_is_kept_unless_told_otherwise(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-@pytest.mark.parametrize("call", ["add_document", "finalize"])
+@pytest.mark.parametrize("call", ["add", "finish"])
 def test_a_full_disk_keeps_what_was_there(
     corpus: Path,
     tokenizer_path: Path,
@@ -245,11 +210,14 @@ def test_a_full_disk_keeps_what_was_there(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(IndexedDatasetBuilder, call, fail)
+    monkeypatch.setattr(TokenWriter, call, fail)
     message = "cannot be written" if number == errno.EIO else "no space left"
     with pytest.raises(UserError, match=message):
         prepare([corpus], tmp_path, tokenizer=tokenizer_path, workers=1, overwrite=True, seed=5)
     assert contents(tmp_path) == before
+    monkeypatch.undo()
+    report = prepare([corpus], tmp_path, tokenizer=tokenizer_path, workers=1, overwrite=True, seed=5)
+    assert report.resumed_bytes == report.source_bytes, "what was tokenized before the disk was full is kept"
 
 
 RUN = """
@@ -318,12 +286,10 @@ def test_a_killed_preparation_leaves_the_old_data_and_no_process(
     assert not any(is_running(int(child)) for child in children)
     process.stdout.close()
     process.stderr.close()
-    left = [name for name in names(out) if name.startswith(".preparing-")]
-    assert len(left) == 1 and {k: v for k, v in before.items()} == {
-        path.name: path.read_bytes() for path in out.iterdir() if path.is_file()
-    }
+    assert names(out) == sorted([".preparing", *before]) and contents(out) == before
     prepare([corpus], out, tokenizer=tokenizer_path, workers=1, overwrite=True)
-    assert contents(out) == before, "the same preparation again, and the leftovers of the killed one gone"
+    assert contents(out) == before, "the same preparation again"
+    assert names(out) == sorted(before), "and the leftovers of the killed one gone"
 
 
 def test_a_dead_worker_is_an_error_not_a_hang(tokenizer_path: Path, tmp_path: Path) -> None:
@@ -336,4 +302,4 @@ def test_a_dead_worker_is_an_error_not_a_hang(tokenizer_path: Path, tmp_path: Pa
     large.write_text(line * (12_000_000 // len(line)), encoding="utf-8")
     with pytest.raises(UserError, match="process died .2 workers"):
         prepare([large], tmp_path / "out", tokenizer=tokenizer_path, workers=2, progress=kill_one)
-    assert not (tmp_path / "out").exists()
+    assert names(tmp_path / "out") == [".preparing"]

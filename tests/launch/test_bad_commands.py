@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megallama.host.errors import EXIT_USER_ERROR
 from tests.launch.conftest import Workplace
@@ -47,6 +49,21 @@ CORPORA: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
         lambda folder: write(folder, "c.jsonl", b'{"text": "a"}\n\n{"text": \n'),
         [],
         "bad/c.jsonl line 3 is not JSON (",
+    ),
+    "gzip cut short": (
+        lambda folder: write(folder, "e.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9]),
+        [],
+        "file bad/e.jsonl.gz is damaged (",
+    ),
+    "zstd cut short": (
+        lambda folder: write(folder, "f.txt.zst", zstandard.compress(TEXT * 999)[:-9]),
+        [],
+        "file bad/f.txt.zst is damaged (it ends in the middle of a frame): copy it again or leave it out",
+    ),
+    "Parquet that is none": (
+        lambda folder: write(folder, "g.parquet", TEXT),
+        [],
+        "file bad/g.parquet is no sound Parquet (",
     ),
     "JSON without text": (
         lambda folder: write(folder, "d.jsonl", b'{"content": "a"}\n'),

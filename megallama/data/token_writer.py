@@ -1,0 +1,199 @@
+"""Finished units joined to token files: training and validation, cut into shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from megallama.data.encoding import open_unit, token_type
+from megallama.data.prepared import (
+    INDEX_HEADER,
+    INDEX_MAGIC,
+    Manifest,
+    join_manifests,
+    sha256_of,
+    shard_name,
+    write_manifest,
+)
+from megallama.data.tokenizer_interface import Tokenizer
+
+TRAIN = "train"
+VALID = "valid"
+
+_TYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
+
+
+class TokenWriter:
+    """One `.bin`/`.idx` pair in megatron-core's format, with manifest, written from arrays.
+
+    megatron-core 0.16.1's builder takes a document a call and keeps Python lists of all lengths; this
+    one keeps four bytes a document. `tests/data/test_token_writer.py` holds the two to the same bytes.
+    """
+
+    def __init__(self, prefix: str | Path, *, tokenizer: Tokenizer) -> None:
+        self.prefix = str(prefix)
+        self.tokens = 0
+        self.documents = 0
+        self._tokenizer = tokenizer
+        self._dtype = np.dtype(token_type(tokenizer.vocab_size))
+        self._digest = hashlib.sha256()
+        self._lengths: list[npt.NDArray[np.int32]] = []
+        self._stream = open(f"{prefix}.bin", "wb", buffering=1 << 20)  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def add(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.int64]) -> None:
+        """Append documents of `lengths` that stand one after another in `tokens`."""
+        assert tokens.size == lengths.sum() and tokens.dtype == self._dtype, (tokens.size, lengths.sum())
+        content = np.ascontiguousarray(tokens).view(np.uint8).data
+        self._stream.write(content)
+        self._digest.update(content)
+        self._lengths.append(lengths.astype(np.int32))
+        self.tokens += tokens.size
+        self.documents += lengths.size
+
+    def finish(self) -> Manifest:
+        """Write index and manifest; everything is on the disk then."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        code = _TYPE_CODES[self._dtype]
+        with open(f"{self.prefix}.idx", "wb") as stream:
+            stream.write(INDEX_HEADER.pack(INDEX_MAGIC, 1, code, lengths.size, lengths.size + 1))
+            stream.write(lengths.tobytes())
+            stream.write(((ends - lengths) * self._dtype.itemsize).tobytes())
+            stream.write(np.arange(lengths.size + 1, dtype=np.int64).tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+        manifest = Manifest(
+            tokenizer_name=self._tokenizer.name,
+            tokenizer_sha256=self._tokenizer.sha256,
+            vocab_size=self._tokenizer.vocab_size,
+            eod_id=self._tokenizer.eod_id,
+            documents=self.documents,
+            tokens=self.tokens,
+            bin_bytes=self.tokens * self._dtype.itemsize,
+            bin_sha256=self._digest.hexdigest(),
+            idx_sha256=sha256_of(f"{self.prefix}.idx"),
+        )
+        write_manifest(self.prefix, manifest)
+        return manifest
+
+
+class ShardedWriter:
+    """A split: one token file, or shards of at most `shard_tokens` (a longer document is a shard of its own)."""
+
+    def __init__(self, prefix: Path, *, tokenizer: Tokenizer, shard_tokens: int | None) -> None:
+        self._prefix = prefix
+        self._tokenizer = tokenizer
+        self._shard_tokens = shard_tokens
+        self._finished: list[Manifest] = []
+        self._writer = self._next_writer()
+
+    def __enter__(self) -> ShardedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
+
+    def add(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.int64]) -> None:
+        """As `TokenWriter.add`."""
+        ends = np.cumsum(lengths)
+        first, first_token = 0, 0
+        while first < lengths.size:
+            end = lengths.size
+            if self._shard_tokens is not None:
+                room = self._shard_tokens - self._writer.tokens
+                end = int(np.searchsorted(ends, first_token + room, side="right"))
+                if end == first and self._writer.documents:
+                    self._finished.append(self._writer.finish())
+                    self._writer = self._next_writer()
+                    continue
+                end = max(end, first + 1)
+            end_token = int(ends[end - 1])
+            self._writer.add(tokens[first_token:end_token], lengths[first:end])
+            first, first_token = end, end_token
+
+    def finish(self) -> Manifest:
+        """Write what is left; the manifest of the whole split."""
+        last = self._writer.finish()
+        if self._shard_tokens is None:
+            return last
+        whole = join_manifests([*self._finished, last])
+        write_manifest(self._prefix, whole)
+        return whole
+
+    def _next_writer(self) -> TokenWriter:
+        if self._shard_tokens is None:
+            return TokenWriter(self._prefix, tokenizer=self._tokenizer)
+        return TokenWriter(shard_name(self._prefix, len(self._finished)), tokenizer=self._tokenizer)
+
+
+def join_units(
+    paths: Sequence[Path],
+    folder: Path,
+    *,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    shard_tokens: int | None,
+) -> tuple[dict[str, Manifest], npt.NDArray[np.int64]]:
+    """Writes the units as `folder`/train and, with a fraction above 0, `folder`/valid.
+
+    Returns the manifest of each split, and how often each token occurs, int64 [vocab_size].
+    """
+    moved = _moved(paths, tokenizer.vocab_size, validation_fraction) if validation_fraction else None
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    names = (TRAIN, VALID) if validation_fraction else (TRAIN,)
+    writers = {
+        name: ShardedWriter(folder / name, tokenizer=tokenizer, shard_tokens=shard_tokens) for name in names
+    }
+    try:
+        for number, path in enumerate(paths):
+            unit = open_unit(path, vocab_size=tokenizer.vocab_size)
+            counts += np.bincount(unit.tokens, minlength=tokenizer.vocab_size)
+            if not validation_fraction:
+                writers[TRAIN].add(unit.tokens, unit.lengths)
+                continue
+            is_valid = unit.draws < validation_fraction
+            if moved is not None and moved[0] == number:
+                is_valid[moved[1]] = not is_valid[moved[1]]
+            for name, chosen in ((TRAIN, ~is_valid), (VALID, is_valid)):
+                writers[name].add(unit.tokens[np.repeat(chosen, unit.lengths)], unit.lengths[chosen])
+        return {name: writer.finish() for name, writer in writers.items()}, counts
+    finally:
+        for writer in writers.values():
+            writer.__exit__(None, None, None)
+
+
+def _moved(paths: Sequence[Path], vocab_size: int, fraction: float) -> tuple[int, int] | None:
+    """(unit, document) that must change sides so that no split is empty: the one nearest to the other side."""
+    sides: set[bool] = set()
+    nearest: tuple[float, int, int] | None = None
+    for number, path in enumerate(paths):
+        draws = open_unit(path, vocab_size=vocab_size).draws
+        if not draws.size:
+            continue
+        sides.update((draws < fraction).tolist())
+        if len(sides) == 2:
+            return None
+        distances = np.abs(draws - fraction)
+        at = int(np.argmin(distances))
+        if nearest is None or distances[at] < nearest[0]:
+            nearest = (float(distances[at]), number, at)
+    return nearest[1:] if nearest else None
