@@ -15,7 +15,9 @@ def oracle(tmp_path_factory):
     results = {}
 
     def result(extra):
-        key = tuple(word for word in extra if word.startswith(("model.", "train.global", "data.")))
+        key = tuple(
+            word for word in extra if word.startswith(("model.", "train.global", "data.", "precision."))
+        )
         if key not in results:
             results[key] = run_job(folder, 1, *key, run_name=f"oracle{len(results)}")
         return results[key]
