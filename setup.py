@@ -34,7 +34,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "bench": ["datasets>=3.0", "transformers>=4.50"],
+        "bench": ["datasets>=3.0", "six>=1.16", "transformers>=4.50"],
         # NVIDIA apex and Transformer Engine are built from source in docker/: the package called
         # "apex" on the index is an unrelated project, so neither can be named here.
         "gpu": ["triton>=3.0"],
