@@ -77,7 +77,11 @@ class Job:
             run_dir / "checkpoints",
             step=step,
             tensors=build_boxes(self.engine.fragments(), self.engine.layout),
-            state={"progress": progress, "engine": dict(self.engine.counters())},
+            state={
+                "progress": progress,
+                "engine": dict(self.engine.counters()),
+                "data": self.loader.ledger(step),
+            },
             model=model_facts(self.config.model),
             keep=0,
             group=self.topology.host_group,

@@ -79,6 +79,7 @@ def test_the_planted_bugs_are_noticed(benches):
         for layout in likeliest_first(name):
             result = benches.verify(layout, before=plant)
             if not result.is_equal:
+                assert "TypeError" not in result.cause, (name, result.cause)  # the plant's own mistake
                 noticed[name] = layout.name
                 causes.append(f"{name}: {layout.name}: {result.cause}")
                 break

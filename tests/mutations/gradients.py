@@ -129,8 +129,8 @@ def last_stage_reads_micro_batches_in_another_order() -> None:
 def gradients_are_left_over_on_a_later_stage() -> None:
     from megallama.engine.zero import ZeroEngine
 
-    def around(step: Any, self: Any, lr: float) -> Any:
-        result = step(self, lr)
+    def around(step: Any, self: Any, lr: float, **kwargs: Any) -> Any:
+        result = step(self, lr, **kwargs)
         if sizes().get_pipeline_model_parallel_rank() > 0:
             for parameter in self._engine.module.parameters():
                 if parameter.numel():
@@ -175,8 +175,8 @@ def adam_states(zero: Any) -> list[dict[str, Any]]:
 def a_replica_forgets_its_moments() -> None:
     from megallama.engine.zero import ZeroEngine
 
-    def around(step: Any, self: Any, lr: float) -> Any:
-        result = step(self, lr)
+    def around(step: Any, self: Any, lr: float, **kwargs: Any) -> Any:
+        result = step(self, lr, **kwargs)
         if sizes().get_data_parallel_rank() > 0:
             for state in adam_states(self):
                 state["exp_avg"].zero_()
@@ -189,8 +189,8 @@ def a_replica_forgets_its_moments() -> None:
 def bias_correction_starts_late_on_later_stages() -> None:
     from megallama.engine.zero import ZeroEngine
 
-    def around(step: Any, self: Any, lr: float) -> Any:
-        result = step(self, lr)
+    def around(step: Any, self: Any, lr: float, **kwargs: Any) -> Any:
+        result = step(self, lr, **kwargs)
         if sizes().get_pipeline_model_parallel_rank() > 0:
             for state in adam_states(self):
                 state["step"] = state["step"] * 0

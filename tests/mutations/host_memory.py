@@ -12,10 +12,10 @@ def host_memory_keeps_the_last_step_s_sums() -> None:
     """What DeepSpeed 0.19.8 does by itself where a backward reaches one chunk of several."""
     from megallama.engine.zero import ZeroEngine
 
-    def around(step: Any, self: Any, lr: float) -> Any:
+    def around(step: Any, self: Any, lr: float, **kwargs: Any) -> Any:
         sums = getattr(self.optimizer, "accumulated_grads_in_cpu", {})
         kept = {key: tensor.clone() for key, tensor in sums.items()}
-        result = step(self, lr)
+        result = step(self, lr, **kwargs)
         for key, tensor in kept.items():
             sums[key].copy_(tensor)
         return result
@@ -28,15 +28,15 @@ def host_memory_is_not_copied_back_on_later_stages() -> None:
     """The updated weights stay where they were updated: the device computes with the old ones."""
     from megallama.engine.zero import ZeroEngine
 
-    def around(step: Any, self: Any, lr: float) -> Any:
+    def around(step: Any, self: Any, lr: float, **kwargs: Any) -> Any:
         if (
             not getattr(self.optimizer, "cpu_offload", False)
             or not sizes().get_pipeline_model_parallel_rank()
         ):
-            return step(self, lr)
+            return step(self, lr, **kwargs)
         parameters = list(self._engine.module.parameters())
         before = [parameter.detach().clone() for parameter in parameters]
-        result = step(self, lr)
+        result = step(self, lr, **kwargs)
         for parameter, old in zip(parameters, before, strict=True):
             parameter.data.copy_(old)
         return result
