@@ -5,12 +5,13 @@
 Needs the extra `bench` (`pip install -e .[bench]`). CHECKOUT is a clone of Megatron-LM; its tag core_v0.15.3 runs
 without a GPU (later ones import triton). Without it that column is left out.
 
-The corpora are the sources of Python's standard library and the Romance of the Three Kingdoms in Chinese, as JSON
-lines, one document a file or chapter; (These come with `make setup`.) `--copies` repeats the documents, each copy with other numbers in it, so that
-no program can answer from what it saw. All three tokenize the same file with the same tokenizer in one process
-(Megatron-LM has one more that reads and writes) and write to the disk; the programs alternate. What counts is the
-processor time of the whole process tree less that of the same command on a tiny file (imports, loading the
-tokenizer): text in MB per second of one core. The tokens are compared: a difference ends the benchmark.
+The corpora are the sources of Python's standard library and the Romance of the Three Kingdoms in Chinese, which
+`make setup` brings, as JSON lines, one document a file or chapter; `--copies` repeats the documents, each copy with
+other numbers and long words, so that no program can answer from what it saw. All three tokenize the same file with
+the same tokenizer in one process (Megatron-LM has one more that reads and writes) and write to the disk; the programs
+alternate. What counts is the processor time of the whole process tree less that of the same command on a tiny file
+(imports, loading the tokenizer): text in MB per second of one core; the clock is shown beside it. The tokens are
+compared: a difference ends the benchmark.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ data.save_to_disk(output + "/tokens")
 
 
 def numbered(text: str, copy: int) -> str:
-    """`text` with other numbers, and in Chinese other names: the same kind of text, not the same text."""
+    """`text` with other numbers and long words: the same kind of text, not the same text."""
     if copy == 0:
         return text
     text = re.sub(r"\d+", lambda found: str(int(found[0][:9]) + copy), text)

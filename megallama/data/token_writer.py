@@ -121,7 +121,7 @@ class ShardedWriter:
             if self._shard_tokens is not None:
                 room = self._shard_tokens - self._writer.tokens
                 end = int(np.searchsorted(ends, first_token + room, side="right"))
-                if end == first and self._writer.documents:
+                if end <= first and self._writer.documents:
                     self._finished.append(self._writer.finish())
                     self._writer = self._next_writer()
                     continue
