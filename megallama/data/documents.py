@@ -27,6 +27,8 @@ class Document:
     text: str
     key: str
     """What the split hashes: the relative path, and the place where a file holds many documents."""
+    place: int = -1
+    """Byte or row at which it begins in a file that holds many; -1 in a file that is one document."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def read_json_lines(
             )
             continue
         if text:
-            yield Document(text=text, key=f"{file.relative}:{offset}")
+            yield Document(text=text, key=f"{file.relative}:{offset}", place=offset)
 
 
 def read_parts(
@@ -161,7 +163,7 @@ def _part(lines: list[bytes], file: CorpusFile, *, start: int, offset: int, numb
     except UnicodeDecodeError as error:
         line = _lines_before(file, start) + number + error.object.count(b"\n", 0, error.start)
         return Damage(file.path, line, _not_utf8(file.path, error, offset))
-    return Document(text=text, key=f"{file.relative}:{offset}")
+    return Document(text=text, key=f"{file.relative}:{offset}", place=offset)
 
 
 def _not_utf8(path: str, error: UnicodeDecodeError, offset: int) -> str:

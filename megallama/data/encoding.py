@@ -32,7 +32,7 @@ MAX_UNITS = 1 << 16
 MAX_UNIT_BYTES = 1 << 28
 
 _FOOTER = struct.Struct("<QQQ8s")  # documents, tokens, bytes of facts
-_MAGIC = b"MLUNIT01"
+_MAGIC = b"MLUNIT02"
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1 << 20
 _MAX_STRETCHES = 4096
@@ -96,7 +96,7 @@ def plan_units(
         total = sum(file.num_bytes for file in files)
         while total // unit_bytes > MAX_UNITS and unit_bytes < MAX_UNIT_BYTES:
             unit_bytes *= 2
-    settings = repr((1, asdict(reading), seed, tokenizer_sha256))
+    settings = repr((2, asdict(reading), seed, tokenizer_sha256))
     group: list[Stretch] = []
     size = 0
     for stretch in cut_stretches(files, reading=reading, stretch_bytes=unit_bytes):
@@ -129,19 +129,23 @@ def encode_unit(
     """
     facts = UnitFacts()
     lengths, draws = array("q"), array("d")
+    stretches, places = array("q"), array("q")
     scripts: Counter[str] = Counter()
     dtype = token_type(tokenizer.vocab_size)
     path.parent.mkdir(exist_ok=True)
     being_written = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with open(being_written, "wb", buffering=1 << 20) as stream:
-            for documents in _batches(unit, reading=reading, damaged=facts.damaged, max_damaged=max_damaged):
+            for batch in _batches(unit, reading=reading, damaged=facts.damaged, max_damaged=max_damaged):
+                documents = [document for _, document in batch]
                 texts = [document.text for document in documents]
                 for ids in tokenizer.encode_batch(texts):
                     ids.append(tokenizer.eod_id)
                     lengths.append(len(ids))
                     stream.write(np.array(ids, dtype=dtype).tobytes())
                 draws.extend(draw_of(document.key, seed=seed) for document in documents)
+                stretches.extend(number for number, _ in batch)
+                places.extend(document.place for document in documents)
                 joined = "".join(texts)
                 facts.text_bytes += len(joined.encode("utf-8"))
                 scripts.update(count_characters(joined))
@@ -150,6 +154,8 @@ def encode_unit(
             content = json.dumps(asdict(facts)).encode()
             stream.write(lengths.tobytes())
             stream.write(draws.tobytes())
+            stream.write(stretches.tobytes())
+            stream.write(places.tobytes())
             stream.write(content)
             stream.write(_FOOTER.pack(facts.documents, facts.tokens, len(content), _MAGIC))
             stream.flush()
@@ -170,6 +176,10 @@ class EncodedUnit:
     """Tokens of each document."""
     draws: npt.NDArray[np.float64]
     """One number in [0, 1) for each document, a hash of the seed and the document's key."""
+    stretches: npt.NDArray[np.int64]
+    """Stretch of the unit that each document is from."""
+    places: npt.NDArray[np.int64]
+    """Its place in the file of that stretch, see `origins`."""
 
 
 def read_facts(path: Path) -> UnitFacts | None:
@@ -193,13 +203,19 @@ def open_unit(path: Path, *, vocab_size: int) -> EncodedUnit:
     dtype = np.dtype(token_type(vocab_size))
     content = np.memmap(path, dtype=np.uint8, mode="r")
     documents, tokens, _, _ = _FOOTER.unpack(content[-_FOOTER.size :].tobytes())
-    first = tokens * dtype.itemsize
-    second = first + documents * 8
+    end_of_tokens = tokens * dtype.itemsize
+
+    def column(number: int, kind: type) -> Any:
+        begin = end_of_tokens + number * documents * 8
+        # A copy: behind an odd number of tokens it does not lie at a multiple of 8.
+        return np.frombuffer(content[begin : begin + documents * 8].tobytes(), dtype=kind)
+
     return EncodedUnit(
-        tokens=content[:first].view(dtype),
-        # Copies: behind an odd number of tokens they do not lie at multiples of 8.
-        lengths=np.frombuffer(content[first:second].tobytes(), dtype=np.int64),
-        draws=np.frombuffer(content[second : second + documents * 8].tobytes(), dtype=np.float64),
+        tokens=content[:end_of_tokens].view(dtype),
+        lengths=column(0, np.int64),
+        draws=column(1, np.float64),
+        stretches=column(2, np.int64),
+        places=column(3, np.int64),
     )
 
 
@@ -224,17 +240,18 @@ def _unit(stretches: Sequence[Stretch], settings: str) -> Unit:
 
 def _batches(
     unit: Unit, *, reading: Reading, damaged: list[Damage], max_damaged: int
-) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+) -> Iterator[list[tuple[int, Document]]]:
+    """Documents with the numbers of their stretches in the unit."""
+    batch: list[tuple[int, Document]] = []
     size = 0
-    for stretch in unit.stretches:
+    for number, stretch in enumerate(unit.stretches):
         for record in read_records(stretch, reading=reading):
             if isinstance(record, Damage):
                 damaged.append(record)
                 if len(damaged) > max_damaged:
                     raise too_much_damage(damaged, count=len(damaged), max_damaged=max_damaged)
                 continue
-            batch.append(record)
+            batch.append((number, record))
             size += len(record.text)
             if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
                 yield batch

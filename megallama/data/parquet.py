@@ -80,7 +80,7 @@ def _document(
     elif surrogate_place(text) is not None:
         yield Damage(file.path, row, f"{file.path} row {row} holds half a surrogate pair: mend or remove it")
     elif text:
-        yield Document(text=text, key=f"{file.relative}:{row - 1}")
+        yield Document(text=text, key=f"{file.relative}:{row - 1}", place=row - 1)
 
 
 def _open(stream: IO[bytes], file: CorpusFile) -> pyarrow.parquet.ParquetFile:

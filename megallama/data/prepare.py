@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from megallama.data.corpus import CorpusFile, Damage, Documents, Reading, empty_corpus, expand_inputs
 from megallama.data.encoding import Unit, UnitFacts, plan_units, read_facts, too_much_damage, unit_path
+from megallama.data.origins import FILES
 from megallama.data.prepared import Manifest
 from megallama.data.publishing import DAMAGED, REPORT, TOKEN_COUNTS, WorkFolder, check_output, locked_work
 from megallama.data.token_writer import TRAIN, VALID, join_units
@@ -168,12 +169,14 @@ def prepare(
             manifests, counts = join_units(
                 [unit_path(work.units, unit.key) for unit in units],
                 work.start_finishing(),
+                files_of=_files_of(units, files),
                 tokenizer=loaded,
                 validation_fraction=validation_fraction,
                 shard_tokens=shard_tokens,
             )
             report = _report(folder, manifests, tally, tokenizer=loaded)
             _write_facts(work, report, counts)
+            _write_names(work, files)
             work.publish()
     except OSError as error:
         raise writing_failed(folder, error) from error
@@ -211,6 +214,20 @@ def _complete(folder: Path) -> None:
     if WorkFolder(folder).is_publishing:
         with locked_work(folder) as work:
             work.complete_publishing()
+
+
+def _files_of(units: Sequence[Unit], files: Sequence[CorpusFile]) -> list[npt.NDArray[np.int64]]:
+    """For each unit the number of the file of each stretch."""
+    numbers = {file.path: number for number, file in enumerate(files)}
+    return [np.array([numbers[part.file.path] for part in unit.stretches], dtype=np.int64) for unit in units]
+
+
+def _write_names(work: WorkFolder, files: Sequence[CorpusFile]) -> None:
+    """`files.json`: the relative path of each file, by number."""
+    names = [file.relative for file in files]
+    (work.finished / FILES).write_text(
+        json.dumps(names, indent=0, ensure_ascii=False) + "\n", encoding="utf-8", errors="surrogateescape"
+    )
 
 
 class _Tally:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megallama.data.origins import FILES
 from megallama.host.errors import UserError
 
 WORK_FOLDER = ".preparing"
@@ -24,7 +25,7 @@ _LOCK = "lock"
 _UNITS = "units"
 _FINISHED = "finished"
 _PLAN = "publish.json"
-_OURS = re.compile(r"(train|valid)(-\d{5,})?\.(bin|idx|json)")
+_OURS = re.compile(r"(train|valid)(-\d{5,})?\.(bin|idx|json|origins)")
 
 
 class WorkFolder:
@@ -100,7 +101,7 @@ def published_files(output: Path) -> list[Path]:
     return sorted(
         path
         for path in output.iterdir()
-        if path.name in (REPORT, TOKEN_COUNTS, DAMAGED) or _OURS.fullmatch(path.name)
+        if path.name in (REPORT, TOKEN_COUNTS, DAMAGED, FILES) or _OURS.fullmatch(path.name)
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.data.encoding import open_unit, token_type
+from megallama.data.origins import SUFFIX
 from megallama.data.prepared import (
     INDEX_HEADER,
     INDEX_MAGIC,
@@ -45,6 +46,7 @@ class TokenWriter:
         self._digest = hashlib.sha256()
         self._lengths: list[npt.NDArray[np.int32]] = []
         self._stream = open(f"{prefix}.bin", "wb", buffering=1 << 20)  # noqa: SIM115 (closed by __exit__)
+        self._origins = open(f"{prefix}{SUFFIX}", "wb", buffering=1 << 20)  # noqa: SIM115
 
     def __enter__(self) -> TokenWriter:
         return self
@@ -53,10 +55,18 @@ class TokenWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.close()
+        self._origins.close()
 
-    def add(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.int64]) -> None:
-        """Append documents of `lengths` that stand one after another in `tokens`."""
+    def add(
+        self,
+        tokens: npt.NDArray[np.integer],
+        lengths: npt.NDArray[np.int64],
+        origins: npt.NDArray[np.int64],
+    ) -> None:
+        """Append documents of `lengths` that stand one after another in `tokens`; `origins` is [documents, 2]."""
         assert tokens.size == lengths.sum() and tokens.dtype == self._dtype, (tokens.size, lengths.sum())
+        assert origins.shape == (lengths.size, 2), origins.shape
+        self._origins.write(np.ascontiguousarray(origins, dtype="<i8").data)
         content = np.ascontiguousarray(tokens).view(np.uint8).data
         self._stream.write(content)
         self._digest.update(content)
@@ -66,9 +76,10 @@ class TokenWriter:
 
     def finish(self) -> Manifest:
         """Write index and manifest; everything is on the disk then."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+        for stream in (self._stream, self._origins):
+            stream.flush()
+            os.fsync(stream.fileno())
+            stream.close()
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
         ends = np.cumsum(lengths, dtype=np.int64)
         code = _TYPE_CODES[self._dtype]
@@ -112,7 +123,12 @@ class ShardedWriter:
     ) -> None:
         self._writer.__exit__(kind, error, trace)
 
-    def add(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.int64]) -> None:
+    def add(
+        self,
+        tokens: npt.NDArray[np.integer],
+        lengths: npt.NDArray[np.int64],
+        origins: npt.NDArray[np.int64],
+    ) -> None:
         """As `TokenWriter.add`."""
         ends = np.cumsum(lengths)
         first, first_token = 0, 0
@@ -127,7 +143,7 @@ class ShardedWriter:
                     continue
                 end = max(end, first + 1)
             end_token = int(ends[end - 1])
-            self._writer.add(tokens[first_token:end_token], lengths[first:end])
+            self._writer.add(tokens[first_token:end_token], lengths[first:end], origins[first:end])
             first, first_token = end, end_token
 
     def finish(self) -> Manifest:
@@ -149,11 +165,14 @@ def join_units(
     paths: Sequence[Path],
     folder: Path,
     *,
+    files_of: Sequence[npt.NDArray[np.int64]],
     tokenizer: Tokenizer,
     validation_fraction: float,
     shard_tokens: int | None,
 ) -> tuple[dict[str, Manifest], npt.NDArray[np.int64]]:
     """Writes the units as `folder`/train and, with a fraction above 0, `folder`/valid.
+
+    `files_of` has for each unit the file number of each of its stretches.
 
     Returns the manifest of each split, and how often each token occurs, int64 [vocab_size].
     """
@@ -166,15 +185,17 @@ def join_units(
     try:
         for number, path in enumerate(paths):
             unit = open_unit(path, vocab_size=tokenizer.vocab_size)
+            origins = np.stack([files_of[number][unit.stretches], unit.places], axis=1)
             counts += np.bincount(unit.tokens, minlength=tokenizer.vocab_size)
             if not validation_fraction:
-                writers[TRAIN].add(unit.tokens, unit.lengths)
+                writers[TRAIN].add(unit.tokens, unit.lengths, origins)
                 continue
             is_valid = unit.draws < validation_fraction
             if moved is not None and moved[0] == number:
                 is_valid[moved[1]] = not is_valid[moved[1]]
             for name, chosen in ((TRAIN, ~is_valid), (VALID, is_valid)):
-                writers[name].add(unit.tokens[np.repeat(chosen, unit.lengths)], unit.lengths[chosen])
+                tokens = unit.tokens[np.repeat(chosen, unit.lengths)]
+                writers[name].add(tokens, unit.lengths[chosen], origins[chosen])
         return {name: writer.finish() for name, writer in writers.items()}, counts
     finally:
         for writer in writers.values():

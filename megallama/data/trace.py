@@ -10,6 +10,7 @@ from typing import Any
 
 from megallama.data.ledger import LEDGER_FILE, from_plain
 from megallama.data.open import INDEX_FOLDER, open_past
+from megallama.data.origins import origin_of
 from megallama.data.source import Place
 from megallama.data.stream import Located, SampleStream, token_of
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,7 +30,7 @@ class TracedDocument:
     place: Place
     """The first of them."""
     origin: str | None
-    """The raw file it was prepared from, where the manifest knows."""
+    """The raw file it was prepared from, and its place there (see `origins`); None where that is not recorded."""
     ids: tuple[int, ...]
     """Its first tokens."""
     text: str | None
@@ -131,7 +132,7 @@ def _documents(
             position=start,
             tokens=end - start,
             place=place,
-            origin=None,
+            origin=origin_of(place.file, place.document),
             ids=tuple(some[:_SHOWN_IDS]),
             text=None if tokenizer is None else _beginning(tokenizer, some, chars),
         )

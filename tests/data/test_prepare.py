@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -17,16 +18,18 @@ from typing import Any
 import pytest
 
 from megallama.data.encoding import draw_of
+from megallama.data.origins import origin_of
 from megallama.data.prepare import prepare
-from megallama.data.prepared import check_token_file, read_manifest
+from megallama.data.prepared import check_token_file, read_manifest, shard_prefixes
 from megallama.data.token_file import TokenFile
 from megallama.data.token_writer import TokenWriter
 from megallama.data.tokenizer import Tokenizer
 from megallama.host.errors import UserError
 from tests.data.conftest import make_text, write_corpus
 
-TRAIN_NAMES = ["prepared.json", "token-counts.npy", "train.bin", "train.idx", "train.json"]
-ALL_NAMES = [*TRAIN_NAMES, "valid.bin", "valid.idx", "valid.json"]
+FACTS = ["files.json", "prepared.json", "token-counts.npy"]
+TRAIN_NAMES = [*FACTS, "train.bin", "train.idx", "train.json", "train.origins"]
+ALL_NAMES = [*TRAIN_NAMES, "valid.bin", "valid.idx", "valid.json", "valid.origins"]
 
 
 def names(folder: Path) -> list[str]:
@@ -78,6 +81,48 @@ def test_every_document_is_in_one_split_and_decodes_to_its_text(
         assert manifest.bin_bytes == split.bin_bytes == 2 * opened.num_tokens
         assert manifest.bin_sha256 == hashlib.sha256(Path(f"{split.prefix}.bin").read_bytes()).hexdigest()
         assert check_token_file(split.prefix, checksums=True) == []
+
+
+def test_every_document_is_traced_to_its_place(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "in", files=3)
+    lines = [json.dumps({"text": make_text(100 + number)}, ensure_ascii=False) for number in range(30)]
+    raw = ("\n".join(lines) + "\n").encode()
+    (folder / "文.jsonl").write_bytes(raw)
+    (folder / "散.jsonl.gz").write_bytes(gzip.compress(raw.replace("中".encode(), "国".encode())))
+    report = prepare(
+        [folder],
+        tmp_path / "out",
+        tokenizer=tokenizer.path,
+        validation_fraction=0.3,
+        unit_bytes=700,
+        shard_tokens=900,
+        workers=1,
+    )
+    contents_of = {"文.jsonl": raw, "散.jsonl.gz": gzip.decompress((folder / "散.jsonl.gz").read_bytes())}
+    seen = []
+    assert report.validation is not None
+    for split in (report.train, report.validation):
+        assert split.shards > 1
+        for prefix in shard_prefixes(split.prefix):
+            for document, text in enumerate(texts(Path(prefix), tokenizer)):
+                origin = origin_of(prefix, document)
+                assert origin is not None
+                seen.append(origin)
+                name, _, place = origin.rpartition(":")
+                if not name:
+                    assert (folder / origin).read_text(encoding="utf-8") == text
+                    continue
+                line = contents_of[name][int(place) :].split(b"\n", 1)[0]
+                assert json.loads(line)["text"] == text
+    assert len(set(seen)) == len(seen) == 63
+
+
+def test_without_a_record_the_origin_is_unknown(tmp_path: Path) -> None:
+    assert origin_of(tmp_path / "absent", 0) is None
+    (tmp_path / "short.origins").write_bytes(bytes(16))
+    assert origin_of(tmp_path / "short", 0) is None
+    (tmp_path / "files.json").write_text('["a.txt"]', encoding="utf-8")
+    assert origin_of(tmp_path / "short", 1) is None
 
 
 def test_the_bytes_do_not_depend_on_workers_or_units(tokenizer_path: Path, tmp_path: Path) -> None:

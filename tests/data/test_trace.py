@@ -39,8 +39,11 @@ def run(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> tuple[Path, DataL
     return folder.path, loader
 
 
-def test_it_names_what_the_step_was_trained_on(run: tuple[Path, DataLoader], tokenizer: Tokenizer) -> None:
+def test_it_names_what_the_step_was_trained_on(
+    run: tuple[Path, DataLoader], tokenizer: Tokenizer, corpus: Path, tmp_path: Path
+) -> None:
     folder, loader = run
+    raw = {"甲": corpus, "乙": tmp_path / "other"}
     (batch,) = loader.batches(4)
     sequences = list(trace_step(folder, step=5))
     assert [sequence.sample for sequence in sequences] == list(range(24, 30))
@@ -53,7 +56,10 @@ def test_it_names_what_the_step_was_trained_on(run: tuple[Path, DataLoader], tok
         for part in sequence.documents:
             held = tokens[part.position : part.position + part.tokens]
             assert part.ids == tuple(held[:8])
+            assert part.origin is not None
+            file = raw[Path(sequence.source).parent.name] / part.origin
             assert part.text is not None and part.text in tokenizer.decode(held)
+            assert part.text.strip("</s>") in file.read_text(encoding="utf-8")
             assert part.text == tokenizer.decode(held).strip("\N{REPLACEMENT CHARACTER}")[:60]
     loader.close()
 
