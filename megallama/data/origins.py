@@ -27,7 +27,7 @@ def origin_of(prefix: str | Path, document: int) -> str | None:
             number, place = _RECORD.unpack(stream.read(_RECORD.size))
         name = _file_names(Path(prefix).parent / FILES)[number]
     except (OSError, struct.error, ValueError, IndexError):
-        return None
+        return None  # of an older megallama, of Megatron, or copied without these files
     return name if place == WHOLE_FILE else f"{name}:{place}"
 
 

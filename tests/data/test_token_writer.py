@@ -37,8 +37,9 @@ def test_the_bytes_are_those_of_megatron_core(tmp_path: Path, vocab_size: int) -
     lengths = generator.integers(1, 40, size=30)
     tokens = generator.integers(0, vocab_size, size=lengths.sum()).astype(dtype)
     with TokenWriter(tmp_path / "ours", tokenizer=tokenizer_of(vocab_size)) as writer:
-        writer.add(tokens[: lengths[:7].sum()], lengths[:7])
-        writer.add(tokens[lengths[:7].sum() :], lengths[7:])
+        origins = np.zeros((30, 2), np.int64)
+        writer.add(tokens[: lengths[:7].sum()], lengths[:7], origins[:7])
+        writer.add(tokens[lengths[:7].sum() :], lengths[7:], origins[7:])
         writer.finish()
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
     for part in np.split(tokens, np.cumsum(lengths)[:-1]):
@@ -75,6 +76,8 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
             tokens=np.repeat(np.array(mine, dtype=np.uint16), lengths[list(mine)]),
             lengths=lengths[list(mine)].astype(np.int64),
             draws=np.array(unit, dtype=np.float64),
+            stretches=np.array([n % 2 for n in mine], dtype=np.int64),
+            places=np.array(mine, dtype=np.int64),
         )
     folder = tmp_path_factory.mktemp("splits")
     with pytest.MonkeyPatch.context() as patch:
@@ -82,6 +85,7 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
         manifests, counts = join_units(
             list(units),
             folder,
+            files_of=[np.array([2 * number, 2 * number + 1]) for number in range(len(draws))],
             tokenizer=tokenizer_of(100),
             validation_fraction=fraction,
             shard_tokens=shard_tokens,
@@ -100,6 +104,10 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
         assert [len(document) for document in documents] == [lengths[document[0]] for document in documents]
         found[name] = [int(document[0]) for document in documents]
         assert found[name] == sorted(found[name]), "the order of the corpus"
+        recorded = [np.fromfile(f"{file.name}.origins", dtype="<i8").reshape(-1, 2) for file in files]
+        assert [tuple(row) for rows in recorded for row in rows.tolist()] == [
+            (2 * int(np.searchsorted(ends, n, side="right")) + n % 2, n) for n in found[name]
+        ]
         for file in files:
             assert shard_tokens is None or file.num_tokens <= shard_tokens or file.num_documents == 1
     assert found["train"] and found["valid"]
