@@ -23,7 +23,6 @@ from megallama.data.token_file import TokenFile
 from megallama.data.token_writer import TokenWriter, join_units
 from megallama.data.tokenizer_interface import Tokenizer
 
-
 DRAWS = st.integers(0, (1 << 20) - 1).map(lambda number: number / (1 << 20))
 """As `draw_of` gives them: multiples of a power of two, whose distances from a fraction do not round to one."""
 
