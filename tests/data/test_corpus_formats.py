@@ -318,3 +318,13 @@ def test_characters_are_counted_as_one_by_one(text: str) -> None:
         "hangul": 1,
         "cyrillic": 1,
     }
+
+
+def test_the_end_of_a_line_is_no_boundary_wherever_the_file_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("一\nx——分隔——\n二  \n——分隔——\n三\n\n四", encoding="utf-8")
+    for stretch_bytes in range(1, 80):
+        parted = ["一\nx——分隔——\n二  \n", "三\n\n四"]
+        assert texts(path, SEPARATOR, stretch_bytes=stretch_bytes) == parted
+        blank = ["一\nx——分隔——\n二  \n——分隔——\n三\n", "四"]
+        assert texts(path, BLANK, stretch_bytes=stretch_bytes) == blank
