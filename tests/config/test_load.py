@@ -88,7 +88,7 @@ def test_unknown_words_are_named_with_the_nearest(word: str, message: str) -> No
         ("log.tensorboard=3", "log.tensorboard (3) has the wrong type: expected true or false"),
         (
             "kernels.attention=fast",
-            "kernels.attention ('fast') has the wrong type: expected one of auto, sdpa, reference",
+            "kernels.attention ('fast') has the wrong type: expected one of auto, sdpa, te, reference",
         ),
         ("model.num_kv_heads=x", "model.num_kv_heads ('x') has the wrong type: expected integer or null"),
         (

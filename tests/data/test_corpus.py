@@ -106,9 +106,9 @@ def test_blank_lines_part_documents(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\n一\n二\r\n \t\r\n\n  three\n\n\nfour".encode())
     assert documents_of(path, BLANK) == [
-        Document(text="一\n二\r\n", key="a.txt:1"),
-        Document(text="  three\n", key="a.txt:15"),
-        Document(text="four", key="a.txt:25"),
+        Document(text="一\n二\r\n", key="a.txt:1", place=1),
+        Document(text="  three\n", key="a.txt:15", place=15),
+        Document(text="four", key="a.txt:25", place=25),
     ]
 
 
@@ -117,8 +117,8 @@ def test_jsonl_takes_one_field_of_each_line(tmp_path: Path) -> None:
     first = b'\xef\xbb\xbf{"text": "\\u4e2d\\n", "id": 1}\n'
     path.write_bytes(first + b'\n{"text": ""}\r\n' + '{"text": "文"}'.encode())
     assert documents_of(path, FILE) == [
-        Document(text="中\n", key="a.jsonl:3"),
-        Document(text="文", key=f"a.jsonl:{len(first) + 15}"),
+        Document(text="中\n", key="a.jsonl:3", place=3),
+        Document(text="文", key=f"a.jsonl:{len(first) + 15}", place=len(first) + 15),
     ]
     (tmp_path / "b.jsonl").write_text('{"正文": "x"}', encoding="utf-8")
     assert documents_of(tmp_path / "b.jsonl", Reading(text_field="正文"))[0].text == "x"
