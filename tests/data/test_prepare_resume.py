@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -97,6 +98,10 @@ def start(mixed: Path, out: Path, tokenizer: Path, *, workers: int) -> subproces
     return process
 
 
+def finished_units(out: Path) -> int:
+    return sum("." not in path.name for path in (out / ".preparing" / "units").glob("*/*"))
+
+
 def test_killed_at_20_random_instants(
     mixed: Path, undisturbed: dict[str, bytes], tokenizer_path: Path, tmp_path: Path
 ) -> None:
@@ -112,8 +117,15 @@ def test_killed_at_20_random_instants(
     for number in range(20):
         out, workers = tmp_path / f"out{number}", 1 + number % 2
         process = start(mixed, out, tokenizer_path, workers=workers)
-        time.sleep(draws.uniform(0, durations[workers]))
-        os.killpg(process.pid, signal.SIGKILL)
+        if number < 10:  # anywhere, start and end included
+            time.sleep(draws.uniform(0, durations[workers]))
+        else:  # wherever this machine spends its time, within the work
+            wanted = draws.randint(1, 5)
+            while finished_units(out) < wanted and process.poll() is None:
+                time.sleep(0.0005)
+            time.sleep(draws.uniform(0, 0.01))
+        with contextlib.suppress(ProcessLookupError):  # it was done
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         report = completed(mixed, out, tokenizer_path)
         resumed += report is not None and report.resumed_bytes > 0
