@@ -6,8 +6,10 @@ import dataclasses
 import json
 import logging
 import math
+import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -105,6 +107,25 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
     assert [event.step for event in loss] == list(range(1, 10))
     assert [event.value for event in loss] == [float(step) for step in range(1, 10)]
     assert "progress/step" not in events.Tags()["scalars"]
+
+
+def test_tensorboard_on_a_full_disk_raises_and_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    excepthook = threading.excepthook
+    sink = TensorBoardSink(tmp_path, first_step=0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))  # no file may grow beyond, as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            for step in range(1, 10_000):
+                sink.write(step, numbers_of(step))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(OSError, match="File too large"):
+        sink.close()
+    assert threading.excepthook is excepthook, "other threads are heard again"
+    assert capfd.readouterr() == ("", "")
 
 
 class TestWandb:
