@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _PLAIN_NAME = re.compile(r"[\w.-]+\.safetensors")
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+
+
+Folder = TypeVar("Folder", bound="SafetensorsFolder")
 
 
 class SafetensorsFolder:
@@ -50,7 +53,7 @@ class SafetensorsFolder:
             self.close()
             raise
 
-    def __enter__(self) -> SafetensorsFolder:
+    def __enter__(self: Folder) -> Folder:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,10 +63,11 @@ class SafetensorsFolder:
         """Close all files."""
         self._stack.close()
 
-    def rows(self, name: str, *, start: int, count: int) -> torch.Tensor:
-        """Rows `start` to `start + count` of a tensor, in its own format."""
+    def rows(self, name: str, *, start: int, count: int, columns: tuple[slice, ...] = ()) -> torch.Tensor:
+        """Rows `start` to `start + count` of a tensor, or `columns` of them, in its own format."""
+        place = (slice(start, start + count), *columns)
         try:
-            part: torch.Tensor = self._files[name].get_slice(name)[start : start + count]
+            part: torch.Tensor = self._files[name].get_slice(name)[place]
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self.folder}: {name} cannot be read ({error}): copy the folder again"

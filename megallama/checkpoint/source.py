@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megallama.checkpoint.facts import model_differences, model_facts
+from megallama.checkpoint.hugging_face_weights import HuggingFaceWeights, is_hugging_face, model_of_folder
 from megallama.checkpoint.protocol import (
     check_sizes,
     find_checkpoints,
@@ -14,7 +15,7 @@ from megallama.checkpoint.protocol import (
     read_manifest,
     step_name,
 )
-from megallama.checkpoint.record import MANIFEST_FILE, damage_at
+from megallama.checkpoint.record import JSON, MANIFEST_FILE, damage_at
 from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
 
@@ -25,23 +26,19 @@ def source_problems(path: Path, *, model: ModelConfig, own: Path) -> list[str]:
     Data files are not digested, every rank may call this at once; loading does it.
 
     Args:
-        path: A checkpoint, or a run folder.
+        path: A checkpoint, a run folder, or the folder of a Hugging Face model.
         model: The model of the run.
         own: The run's own checkpoints, which go before.
     """
     if find_checkpoints(own):
         return []
     try:
-        checkpoint = _candidate(path)
-        with damage_at(checkpoint):
-            manifest = read_manifest(checkpoint)
-            check_sizes(checkpoint, manifest)
-            read_index(checkpoint, manifest)
+        stored = _facts_of_folder(path, model) if is_hugging_face_source(path) else _facts_of_checkpoint(path)
     except UserError as error:
         return [f"train.init_from ({path}): {error}"]
     except OSError as error:
         return [f"train.init_from ({path}) cannot be read ({error.strerror}): check its permissions"]
-    differences = model_differences(manifest.model, model_facts(model))
+    differences = model_differences(stored, model_facts(model))
     if differences:
         return [
             f"train.init_from ({path}) holds another model ({'; '.join(differences)}):"
@@ -50,9 +47,30 @@ def source_problems(path: Path, *, model: ModelConfig, own: Path) -> list[str]:
     return []
 
 
+def is_hugging_face_source(path: Path) -> bool:
+    """Whether `path` names a Hugging Face model rather than checkpoints, which go before."""
+    has_checkpoints = any(find_checkpoints(folder) for folder in (path / "checkpoints", path))
+    return is_hugging_face(path) and not is_checkpoint(path) and not has_checkpoints
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` names one checkpoint rather than a folder of several."""
     return is_step_name(path.name) or (path / MANIFEST_FILE).exists()
+
+
+def _facts_of_checkpoint(path: Path) -> dict[str, JSON]:
+    checkpoint = _candidate(path)
+    with damage_at(checkpoint):
+        manifest = read_manifest(checkpoint)
+        check_sizes(checkpoint, manifest)
+        read_index(checkpoint, manifest)
+    return manifest.model
+
+
+def _facts_of_folder(path: Path, model: ModelConfig) -> dict[str, JSON]:
+    there = model_of_folder(path, name=model.name, vocab_multiple=model.vocab_multiple)
+    with HuggingFaceWeights(path, model=there):
+        return model_facts(there)
 
 
 def _candidate(path: Path) -> Path:
@@ -64,8 +82,6 @@ def _candidate(path: Path) -> Path:
         paths = [directory / step_name(step) for step in reversed(steps)]
         if paths:
             return next((candidate for candidate in paths if is_complete(candidate)), paths[0])
-    if (path / "config.json").is_file():
-        raise UserError(
-            f"this is a Hugging Face folder: run `megallama import {path} OUTPUT` and start from OUTPUT"
-        )
-    raise UserError("there is no checkpoint: give a step-... directory or the train.run_dir of a run")
+    raise UserError(
+        "there is no checkpoint: give a step-... directory, the train.run_dir of a run, or a Hugging Face folder"
+    )

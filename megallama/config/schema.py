@@ -214,8 +214,9 @@ class TrainConfig:
     run_dir: str = MISSING
     """Folder of this run: config, metrics, logs, checkpoints. An existing one is continued."""
     init_from: str | None = None
-    """Checkpoint, or run folder (its newest intact checkpoint), whose weights a new run starts from, in any layout, at
-    step 0 and with a fresh optimizer. Not used once the run has a checkpoint of its own. Null: random weights."""
+    """Checkpoint, run folder (its newest intact checkpoint), or folder of a Hugging Face model, whose weights a new run
+    starts from, in any layout, at step 0 and with a fresh optimizer. Not used once the run has a checkpoint of its own.
+    Null: random weights."""
     seq_len: int = MISSING
     """Tokens of one training sequence."""
     micro_batch_size: int = 1

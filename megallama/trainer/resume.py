@@ -11,7 +11,9 @@ from typing import Any
 from megallama.checkpoint.agreement import Ranks
 from megallama.checkpoint.boxes import build_boxes
 from megallama.checkpoint.facts import model_facts
+from megallama.checkpoint.hugging_face_weights import load_hugging_face
 from megallama.checkpoint.protocol import read_manifest, step_name
+from megallama.checkpoint.source import is_hugging_face_source
 from megallama.checkpoint.store import load_checkpoint
 from megallama.checkpoint.verify import intact_checkpoint, latest_checkpoint
 from megallama.config.schema import RunConfig
@@ -83,14 +85,13 @@ def _resume(
 
 
 def _take_weights(config: RunConfig, topology: Topology, *, engine: Engine, source: Path) -> None:
-    path = intact_checkpoint(source, log=log.warning, group=topology.host_group)
-    load_checkpoint(
-        path,
-        tensors=build_boxes(engine.fragments(), engine.layout),
-        model=model_facts(config.model),
-        kind="fp32",
-        group=topology.host_group,
-    )
+    group, path = topology.host_group, source
+    tensors = build_boxes(engine.fragments(), engine.layout)
+    if Ranks(group).first(lambda: is_hugging_face_source(source)):
+        load_hugging_face(source, tensors=tensors, model=config.model, group=group)
+    else:
+        path = intact_checkpoint(source, log=log.warning, group=group)
+        load_checkpoint(path, tensors=tensors, model=model_facts(config.model), kind="fp32", group=group)
     engine.restore(engine.counters())
     log.info("weights from %s, fresh optimizer", path)
 

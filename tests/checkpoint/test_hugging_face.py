@@ -17,7 +17,7 @@ from megallama.commands.export_model import parse_size
 from megallama.config.load import load_config
 from megallama.host.errors import UserError
 from tests.checkpoint.hugging_face import FAMILIES, make_model, our_logits, tokens
-from tests.jobs import SMALL, overrides, train
+from tests.jobs import SMALL, metrics, overrides, train, write_dataset
 from tests.ranks import run_ranks
 
 
@@ -315,8 +315,46 @@ def test_training_goes_on_from_an_import_and_out_again(folder, tmp_path, capsys)
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == json.loads(source)
 
 
-def test_starting_from_a_hugging_face_folder_names_the_import(folder, tmp_path):
-    problems = source_problems(
-        folder / "llama2", model=load_config(SMALL + ["train.run_dir=r"]).model, own=tmp_path
-    )
-    assert len(problems) == 1 and f"megallama import {folder / 'llama2'} OUTPUT" in problems[0]
+STARTS = {
+    "one rank": (1, []),
+    "tp2 pp2 zero2": (4, ["parallel.tp=2", "parallel.pp=2", "zero.stage=2"]),
+    "dp2 zero3": (2, ["zero.stage=3"]),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_training_starts_from_the_folder_itself_as_from_its_import(name, folder, tmp_path):
+    """Fused rows, head norms, tied head, padding; cut along rows and columns: bit for bit what the import gives."""
+    world_size, layout = STARTS[name]
+    shape = yaml.safe_load((folder / "qwen3tied-imported" / "conf" / "model" / "qwen3tied.yaml").read_text())
+    words = [*(f"model.{key}={value}" for key, value in shape.items()), *layout, "train.steps=1"]
+    write_dataset(tmp_path / "data" / "train", vocab_size=101)
+    for run_name in ("qwen3tied", "qwen3tied-imported"):
+        source = f"train.init_from={folder / run_name}"
+        run_ranks(world_size, train, overrides(tmp_path, *words, source, run_name=run_name))
+    direct, imported = (metrics(tmp_path / run) for run in ("qwen3tied", "qwen3tied-imported"))
+    for key in ("train/loss", "train/grad_norm"):
+        assert direct[0][key] == imported[0][key], key
+    log = (tmp_path / "qwen3tied" / "log" / "rank-00000.log").read_text(encoding="utf-8")
+    assert f"weights from {folder / 'qwen3tied'}, fresh optimizer" in log
+
+
+def test_what_is_wrong_with_a_folder_to_start_from_is_told_before_the_start(folder, tmp_path):
+    shape = yaml.safe_load((folder / "llama2-imported" / "conf" / "model" / "llama2.yaml").read_text())
+    words = [*SMALL, *(f"model.{key}={value}" for key, value in shape.items()), "train.run_dir=r"]
+
+    def problems(path, *more):
+        return source_problems(path, model=load_config([*words, *more]).model, own=tmp_path)
+
+    assert problems(folder / "llama2") == []
+    [text] = problems(folder / "llama2", "model.num_layers=2")
+    assert "holds another model (num_layers: 4 there, 2 here): set these" in text
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "llama2", broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    [text] = problems(broken)
+    assert text.startswith(f"train.init_from ({broken}): ") and "copy or download it again" in text
+    changed_config(folder / "llama2", tmp_path / "odd", attention_softcap=3.0)
+    [text] = problems(tmp_path / "odd")
+    assert "attention_softcap" in text
