@@ -10,10 +10,11 @@ from typing import Any
 
 from megallama.checkpoint.agreement import Ranks
 from megallama.checkpoint.boxes import build_boxes
-from megallama.checkpoint.facts import model_facts
+from megallama.checkpoint.facts import model_differences, model_facts
 from megallama.checkpoint.protocol import read_manifest, step_name
 from megallama.checkpoint.store import load_checkpoint
 from megallama.checkpoint.verify import intact_checkpoint, latest_checkpoint
+from megallama.config.same_model import WITHOUT_WEIGHTS
 from megallama.config.schema import RunConfig
 from megallama.data.loader import DataLoader
 from megallama.engine.build import Engine
@@ -84,15 +85,24 @@ def _resume(
 
 def _take_weights(config: RunConfig, topology: Topology, *, engine: Engine, source: Path) -> None:
     path = intact_checkpoint(source, log=log.warning, group=topology.host_group)
+    model = model_facts(config.model)
     load_checkpoint(
         path,
         tensors=build_boxes(engine.fragments(), engine.layout),
-        model=model_facts(config.model),
+        model=model,
         kind="fp32",
+        may_differ=WITHOUT_WEIGHTS,
         group=topology.host_group,
     )
     engine.restore(engine.counters())
     log.info("weights from %s, fresh optimizer", path)
+    differences = model_differences(read_manifest(path).model, model) if topology.rank == 0 else []
+    if differences:
+        log.warning(
+            "the weights of %s were trained with other settings than this run's (%s)",
+            path,
+            "; ".join(differences),
+        )
 
 
 def _progress(path: Path, stored: Mapping[str, Any]) -> TrainState:
