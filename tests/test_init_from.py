@@ -122,7 +122,9 @@ def test_a_longer_context_starts_from_these_weights(trained: Path) -> None:
     assert (start.model["rope_scaling"], start.model["rope_theta"]) == ("yarn", 5e4), "its own from here on"
     text = (trained / "longer" / "log" / "rank-00000.log").read_text(encoding="utf-8")
     (line,) = (line for line in text.splitlines() if "other settings" in line)
-    assert "step-00000005 were trained with other settings than this run's (norm_eps: 1e-05 there, 1e-06" in line
+    assert (
+        "step-00000005 were trained with other settings than this run's (norm_eps: 1e-05 there, 1e-06" in line
+    )
     assert "rope_scaling: none there, yarn here; rope_scaling_factor: 1.0 there, 2.0 here; rope_theta" in line
     assert " max_seq_len" not in line and line.split()[2] == "WARNING"
     with pytest.raises(AssertionError, match="another model .*rope_theta 50000.0 there, 10000.0 here"):
@@ -191,9 +193,7 @@ def test_settings_that_mean_the_same_are_no_difference() -> None:
     assert model_differences(older, facts) == ["tie_embeddings: False there, True here"]
     assert model_differences(facts, {**facts, "head_dim": 32}) == ["head_dim: 16 there, 32 here"]
     assert model_differences(facts, {**facts, "vocab_multiple": 32}) == [], "padded to 128 all the same"
-    assert model_differences(facts, {**facts, "vocab_multiple": 96}) == [
-        "vocab_multiple: 128 there, 96 here"
-    ]
+    assert model_differences(facts, {**facts, "vocab_multiple": 96}) == ["vocab_multiple: 128 there, 96 here"]
     assert model_differences(facts, {**facts, "rope_beta_slow": 7.0}) == [], "looked at by yarn alone"
     yarn = {**facts, "rope_scaling": "yarn", "rope_scaling_factor": math.e}
     assert model_differences(yarn, {**yarn, "rope_attention_factor": 1.1}) == []
