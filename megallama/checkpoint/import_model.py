@@ -21,7 +21,7 @@ from megallama.checkpoint.model_folder import (
 )
 from megallama.checkpoint.safetensors_folder import SafetensorsFolder, read_json
 from megallama.checkpoint.writer import CheckpointWriter
-from megallama.config.load import model_to_yaml
+from megallama.config.load import is_shipped_otherwise, model_to_yaml
 from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
 from megallama.model.hugging_face_config import model_from_hugging_face
@@ -53,8 +53,8 @@ def import_model(
         vocab_multiple: The embedding is padded to a multiple of this, with zeros.
 
     Raises:
-        UserError: unknown or unsupported keys, tensors missing, too many or of another shape, damaged files,
-            `output` exists, the disk is full.
+        UserError: unknown or unsupported keys, tensors missing, too many or of another shape, damaged files, another
+            shape of this name in conf/model/, `output` exists, the disk is full.
     """
     if vocab_multiple < 1:
         raise UserError(f"--vocab-multiple ({vocab_multiple}) must be 1 or more")
@@ -67,6 +67,10 @@ def import_model(
     model = model_from_hugging_face(
         config, name=name, vocab_multiple=vocab_multiple, origin=str(source / CONFIG_FILE)
     )
+    if is_shipped_otherwise(name, model):
+        raise UserError(
+            f"the name of the shape ({name}) is that of another one in conf/model/: give another with --name"
+        )
     with SafetensorsFolder(source) as weights:
         _check_tensors(weights, model)
         made = canonical_tensors(model)
