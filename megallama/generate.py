@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained model, straight from its run folder: one process, any layout it was trained in."""
+"""Continue a prompt with a model, straight from its run folder or from an import: one process, any layout behind it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,30 @@ from pathlib import Path
 
 import torch
 
+from megallama.checkpoint.protocol import read_manifest
 from megallama.checkpoint.reader import CheckpointReader
 from megallama.checkpoint.verify import latest_checkpoint
-from megallama.config.load import load_yaml
-from megallama.config.schema import ParallelConfig, RunConfig, ZeroConfig
+from megallama.config.load import load_model_yaml, load_yaml
+from megallama.config.schema import (
+    Dtype,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RopeScaling,
+    RunConfig,
+    TrainConfig,
+    ZeroConfig,
+)
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.host.errors import UserError
 from megallama.host.launch import read_launch_environment
 from megallama.model.build import Stage, build_model
 from megallama.topology.connect import connect
-from megallama.trainer.run_folder import RunFolder
+from megallama.trainer.run_folder import TOKENIZER_NAMES, RunFolder
 
 log = logging.getLogger(__name__)
+
+_FORMATS: dict[object, Dtype] = {"bfloat16": Dtype.bf16, "float16": Dtype.fp16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +64,30 @@ class Sampling:
 
 @contextmanager
 def open_run(run_dir: Path) -> Iterator[tuple[RunConfig, Stage, Tokenizer]]:
-    """The whole model of a run's newest checkpoint that verifies, in this process, with its tokenizer.
+    """The whole model of a run's newest checkpoint that verifies, or of an import, in this process, and its tokenizer.
 
     Raises:
-        UserError: the folder is no run, or holds no checkpoint or tokenizer.
+        UserError: the folder is neither, or holds no checkpoint or tokenizer.
     """
     folder = RunFolder(run_dir)
-    if not folder.config_file.is_file():
-        raise UserError(f"{run_dir} is not a run folder (no config.yaml): give the train.run_dir of a run")
-    trained = load_yaml(folder.config_file)
+    is_run = folder.config_file.is_file()
+    trained = load_yaml(folder.config_file) if is_run else _config_of_import(folder)
     tokenizer_file = folder.tokenizer_file()
     if tokenizer_file is None:
-        raise UserError(f"{run_dir} holds no tokenizer: set data.tokenizer in the run and continue it")
+        remedy = (
+            "set data.tokenizer in the run and continue it"
+            if is_run
+            else f"copy the model's {' or '.join(TOKENIZER_NAMES)} to {folder.tokenizer_folder}"
+        )
+        raise UserError(f"{run_dir} holds no tokenizer: {remedy}")
     tokenizer = load_tokenizer(tokenizer_file)
     checkpoint = latest_checkpoint(folder.checkpoints, log=log.warning)
     if checkpoint is None:
         raise UserError(
             f"{folder.checkpoints} holds no usable checkpoint: train for at least one checkpoint.interval"
         )
+    if not is_run:
+        trained = dataclasses.replace(trained, precision=PrecisionConfig(dtype=_format_of_import(checkpoint)))
     config = dataclasses.replace(trained, parallel=ParallelConfig(), zero=ZeroConfig(stage=0))
     environment = read_launch_environment()
     if environment.world_size != 1:
@@ -81,6 +99,31 @@ def open_run(run_dir: Path) -> Iterator[tuple[RunConfig, Stage, Tokenizer]]:
         fill_stage(stage, checkpoint)
         stage.module.to(topology.device).eval()
         yield config, stage, tokenizer
+
+
+def _config_of_import(folder: RunFolder) -> RunConfig:
+    """What `megallama import` says of its model, where there was no run that would have a configuration."""
+    shapes = sorted((folder.path / "conf" / "model").glob("*.yaml"))
+    if len(shapes) != 1 or not folder.checkpoints.is_dir():
+        raise UserError(
+            f"{folder.path} is not a run folder (no config.yaml): give the train.run_dir of a run, or a folder that"
+            " `megallama import` made"
+        )
+    model = load_model_yaml(shapes[0])
+    # Dynamic NTK raises the base by what seq_len exceeds this: a prompt begins with the plain one.
+    is_dynamic = model.rope_scaling is RopeScaling.dynamic
+    seq_len = min(model.max_seq_len, model.rope_original_max_seq_len) if is_dynamic else model.max_seq_len
+    return RunConfig(
+        model=model,
+        train=TrainConfig(steps=1, run_dir=str(folder.path), seq_len=seq_len, global_batch_size=1),
+        optim=OptimConfig(lr=0.0),
+    )
+
+
+def _format_of_import(checkpoint: Path) -> Dtype:
+    """The format that the weights had where they came from."""
+    source = read_manifest(checkpoint).state.get("source")
+    return _FORMATS.get(source.get("dtype") if isinstance(source, dict) else None, Dtype.fp32)
 
 
 @torch.no_grad()
@@ -104,8 +147,9 @@ def continue_tokens(
     eod_id: int,
     max_new_tokens: int,
     sampling: Sampling,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """New token ids, one by one, until the end of a document or `max_new_tokens`.
+    """New token ids below `vocab_size` (default: the model's), one by one, until a document ends or `max_new_tokens`.
 
     The whole window is computed anew for each token: sampling for a look at the model, not for serving.
     """
@@ -115,8 +159,8 @@ def continue_tokens(
     for _ in range(max_new_tokens):
         window = torch.tensor([tokens[-config.train.seq_len :]], device=device)
         logits_BSV = stage.chunks[0](window, None, None)
-        # Rows beyond the vocabulary are padding of the embedding.
-        logits_V = logits_BSV[0, -1, : config.model.vocab_size].float().cpu()
+        # Rows beyond the vocabulary are padding of the embedding, or spare ids that no tokenizer can show.
+        logits_V = logits_BSV[0, -1, : vocab_size or config.model.vocab_size].float().cpu()
         token = choose_token(logits_V, sampling, generator)
         if token == eod_id:
             return
@@ -151,7 +195,13 @@ def generate(
         ids = tokenizer.encode(prompt)
         shown = tokenizer.decode(ids)
         new = continue_tokens(
-            config, stage, ids, eod_id=tokenizer.eod_id, max_new_tokens=max_new_tokens, sampling=sampling
+            config,
+            stage,
+            ids,
+            eod_id=tokenizer.eod_id,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            vocab_size=min(tokenizer.vocab_size, config.model.vocab_size),
         )
         for token in new:
             ids.append(token)

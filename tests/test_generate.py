@@ -1,5 +1,7 @@
 """Sampling from a run folder, whatever layout it was trained in."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -90,6 +92,64 @@ def test_choice_respects_temperature_top_k_and_top_p():
     assert drawn(temperature=1, top_p=0.5) == {1}
     assert drawn(temperature=1, top_p=0.8) == {1, 2}
     assert drawn(temperature=1) >= {0, 1, 2, 3}
+
+
+@pytest.fixture(scope="module")
+def imported(run_dir, tmp_path_factory):
+    """The run's model, out to Hugging Face and in again."""
+    folder = tmp_path_factory.mktemp("导入")
+    assert main(["export", str(run_dir), str(folder / "hf")]) == 0
+    assert main(["import", str(folder / "hf"), str(folder / "模型")]) == 0
+    return folder / "模型"
+
+
+def test_an_import_continues_a_prompt_as_the_run_does(run_dir, imported, capsys):
+    for prompt in ("春天来了，花", "for i"):
+        arguments = ["--prompt", prompt, "--temperature", "0", "--max-new-tokens", "20"]
+        code, out, _ = output_of(capsys, imported, *arguments)
+        assert (code, out) == (0, output_of(capsys, run_dir, *arguments)[1])
+    with open_run(imported) as (config, _, tokenizer):
+        assert (config.precision.dtype.value, config.model.name, tokenizer.vocab_size) == (
+            "fp32",
+            "模型",
+            300,
+        )
+
+
+def test_an_import_of_low_precision_computes_in_it(run_dir, tmp_path, capsys):
+    assert main(["export", str(run_dir), str(tmp_path / "hf"), "--dtype", "bf16"]) == 0
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "imported")]) == 0
+    with open_run(tmp_path / "imported") as (config, stage, _):
+        assert config.precision.dtype.value == "bf16"
+        assert {parameter.dtype for parameter in stage.module.parameters()} == {torch.bfloat16}
+
+
+def test_an_import_that_lacks_a_part_is_told_what_to_do(imported, tmp_path, capsys):
+    shutil.copytree(imported, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "tokenizer")
+    code, _, err = output_of(capsys, tmp_path / "copy", "--prompt", "a")
+    assert (
+        code == 2
+        and f"copy the model's tokenizer.model or tokenizer.json to {tmp_path}/copy/tokenizer" in err
+    )
+    shutil.rmtree(tmp_path / "copy" / "conf")
+    code, _, err = output_of(capsys, tmp_path / "copy", "--prompt", "a")
+    assert code == 2 and "or a folder that `megallama import` made" in err
+
+
+def test_ids_that_no_tokenizer_can_show_are_not_drawn(imported):
+    with open_run(imported) as (config, stage, tokenizer):
+        new = continue_tokens(
+            config,
+            stage,
+            tokenizer.encode("春"),
+            eod_id=-1,
+            max_new_tokens=30,
+            sampling=Sampling(temperature=100.0),
+            vocab_size=40,
+        )
+        drawn = set(new)
+    assert len(drawn) > 10 and max(drawn) < 40
 
 
 def test_the_export_generates_the_same_in_transformers(run_dir, tmp_path, capsys):

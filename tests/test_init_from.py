@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,31 @@ def test_weights_alone_cannot_be_resumed(trained: Path) -> None:
         run_ranks(1, train, overrides(trained, "model.tie_embeddings=true", run_name="weights"))
 
 
+LONGER = [
+    *("train.seq_len=64", "model.rope_scaling=yarn", "model.rope_scaling_factor=2"),
+    *("model.rope_original_max_seq_len=32", "model.rope_theta=5e4", "model.norm_eps=1e-6"),
+]
+"""A longer context than that of `trained`, by other frequencies."""
+
+
+def test_a_longer_context_starts_from_these_weights(trained: Path) -> None:
+    words = arguments(trained, *LONGER, source="source", run_name="longer")
+    run_ranks(1, train_and_save_first, words)
+    start = CheckpointReader(trained / "longer" / "checkpoints" / "step-00000000")
+    source = CheckpointReader(trained / "source" / "checkpoints" / "step-00000005")
+    assert all(torch.equal(start.read(f"fp32/{n}"), source.read(f"fp32/{n}")) for n in start.names())
+    assert (start.model["rope_scaling"], start.model["rope_theta"]) == ("yarn", 5e4), "its own from here on"
+    text = (trained / "longer" / "log" / "rank-00000.log").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if "other settings" in line)
+    assert (
+        "step-00000005 were trained with other settings than this run's (norm_eps: 1e-05 there, 1e-06" in line
+    )
+    assert "rope_scaling: none there, yarn here; rope_scaling_factor: 1.0 there, 2.0 here; rope_theta" in line
+    assert " max_seq_len" not in line and line.split()[2] == "WARNING"
+    with pytest.raises(AssertionError, match="another model .*rope_theta 50000.0 there, 10000.0 here"):
+        run_ranks(1, train, [*words, "model.rope_theta=1e4"])
+
+
 def problems(folder: Path, *words: str, source: str | Path) -> list[str]:
     from megallama.checkpoint.source import source_problems
 
@@ -120,7 +146,9 @@ def test_what_is_wrong_is_told_before_the_start(trained: Path, tmp_path: Path) -
     [text] = problems(trained, source="absent")
     assert text.startswith(f"train.init_from ({trained / 'absent'}): there is no checkpoint: give")
     [text] = problems(trained, "model.num_layers=2", "model.norm_eps=1e-6", source="source")
-    assert "holds another model (norm_eps: 1e-05 there, 1e-06 here; num_layers: 4 there, 2 here): set" in text
+    assert "holds another model (num_layers: 4 there, 2 here): set" in text
+    [text] = problems(trained, "model.qk_norm=true", "model.tie_embeddings=false", source="weights")
+    assert "(qk_norm: False there, True here; tie_embeddings: True there, False here): set" in text
     with CheckpointWriter(tmp_path / "damaged", step=0, model={}, state={}) as writer:
         writer.write("fp32/w", torch.ones(100))
     os.truncate(writer.path / "rank-00000.bin", 10)
@@ -164,6 +192,17 @@ def test_settings_that_mean_the_same_are_no_difference() -> None:
     assert facts["head_dim"] is None and model_differences(facts, explicit) == []
     assert model_differences(older, facts) == ["tie_embeddings: False there, True here"]
     assert model_differences(facts, {**facts, "head_dim": 32}) == ["head_dim: 16 there, 32 here"]
+    assert model_differences(facts, {**facts, "vocab_multiple": 32}) == [], "padded to 128 all the same"
+    assert model_differences(facts, {**facts, "vocab_multiple": 96}) == ["vocab_multiple: 128 there, 96 here"]
+    assert model_differences(facts, {**facts, "rope_beta_slow": 7.0}) == [], "looked at by yarn alone"
+    yarn = {**facts, "rope_scaling": "yarn", "rope_scaling_factor": math.e}
+    assert model_differences(yarn, {**yarn, "rope_attention_factor": 1.1}) == []
+    assert model_differences(yarn, {**yarn, "rope_beta_slow": 7.0}) == ["rope_beta_slow: 1.0 there, 7.0 here"]
+    assert model_differences(facts, {**yarn, "rope_attention_factor": 1.0}) == [
+        "rope_attention_factor: None there, 1.0 here",
+        "rope_scaling: none there, yarn here",
+        "rope_scaling_factor: 1.0 there, 2.718281828459045 here",
+    ]
 
 
 def test_facts_of_a_model_come_back() -> None:

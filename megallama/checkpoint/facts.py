@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megallama.checkpoint.record import JSON
-from megallama.config.check_files import NOT_OF_THE_SHAPE
+from megallama.config.same_model import NOT_OF_THE_SHAPE, differing_settings
 from megallama.config.schema import ModelConfig
-from megallama.config.typed import Problems, build, optional, plain
+from megallama.config.typed import Problems, build, plain
 from megallama.host.errors import UserError
 
 
@@ -40,35 +40,22 @@ def model_of_facts(facts: Mapping[str, JSON], *, name: str, max_seq_len: int) ->
     return model
 
 
-def model_differences(stored: Mapping[str, JSON], wanted: Mapping[str, JSON]) -> list[str]:
-    """One text a fact that differs, by name.
-
-    A setting that a side lacks has its default (the program that wrote it knew no other), and null stands for what
-    it means.
-    """
-    absent = "nothing"
-    stored, wanted = _complete(stored), _complete(wanted)
+def model_differences(
+    stored: Mapping[str, JSON], wanted: Mapping[str, JSON], *, may_differ: Collection[str] = ()
+) -> list[str]:
+    """One text a fact that differs, by name, beside those of `may_differ`; `differing_settings` says what counts."""
     return [
-        f"{key}: {stored.get(key, absent)} there, {wanted.get(key, absent)} here"
-        for key in sorted(stored.keys() | wanted.keys())
-        if stored.get(key, absent) != wanted.get(key, absent)
+        f"{key}: {there} there, {here} here"
+        for key, (there, here) in differing_settings(stored, wanted).items()
+        if key not in may_differ
     ]
 
 
-def _complete(facts: Mapping[str, JSON]) -> dict[str, JSON]:
-    known = {key: value for key, value in optional(ModelConfig).items() if key not in NOT_OF_THE_SHAPE}
-    whole = {**known, **facts}
-    heads, width = whole.get("num_heads"), whole.get("hidden_size")
-    if whole["num_kv_heads"] is None:
-        whole["num_kv_heads"] = heads
-    if whole["head_dim"] is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
-        whole["head_dim"] = width // heads
-    return whole
-
-
-def check_model(path: Path, stored: Mapping[str, JSON], wanted: Mapping[str, JSON]) -> None:
+def check_model(
+    path: Path, stored: Mapping[str, JSON], wanted: Mapping[str, JSON], *, may_differ: Collection[str] = ()
+) -> None:
     """Raise UserError, with the differing keys, where the checkpoint at `path` is of another model."""
-    differences = model_differences(stored, wanted)
+    differences = model_differences(stored, wanted, may_differ=may_differ)
     if differences:
         raise UserError(
             f"checkpoint {path} is of another model ({'; '.join(differences)}):"

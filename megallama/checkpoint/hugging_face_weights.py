@@ -13,7 +13,9 @@ from megallama.checkpoint.agreement import Ranks
 from megallama.checkpoint.boxes import DEFAULT_CAP_ELEMENTS, BoxedTensor, Ints
 from megallama.checkpoint.facts import check_model, model_facts
 from megallama.checkpoint.model_folder import CONFIG_FILE
+from megallama.checkpoint.record import JSON
 from megallama.checkpoint.safetensors_folder import SafetensorsFolder, read_json
+from megallama.config.same_model import WITHOUT_WEIGHTS
 from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
 from megallama.model.hugging_face_config import model_from_hugging_face
@@ -104,20 +106,23 @@ def load_hugging_face(
     tensors: Mapping[str, BoxedTensor],
     model: ModelConfig,
     group: dist.ProcessGroup | None = None,
-) -> None:
-    """Fills the fp32 boxes of `tensors`, each rank's from the rows that it needs; called by every rank of `group`.
+) -> dict[str, JSON]:
+    """Fills the fp32 boxes of `tensors`, each rank's from the rows that it needs, and returns the folder's model.
+
+    Called by every rank of `group`. Settings that hold no weights may differ from `model`.
 
     Raises:
-        UserError: on every rank, where the folder is of another model than `model`, or damaged.
+        UserError: on every rank, where the folder is of another model, or damaged.
     """
 
-    def fill() -> None:
-        there = model_of_folder(folder, name=model.name, vocab_multiple=model.vocab_multiple)
-        check_model(folder, model_facts(there), model_facts(model))
+    def fill() -> dict[str, JSON]:
+        there = model_facts(model_of_folder(folder, name=model.name, vocab_multiple=model.vocab_multiple))
+        check_model(folder, there, model_facts(model), may_differ=WITHOUT_WEIGHTS)
         with HuggingFaceWeights(folder, model=model) as weights, torch.no_grad():
             weights.fill(tensors)
+        return there
 
-    Ranks(group).everywhere(fill)
+    return Ranks(group).everywhere(fill)
 
 
 def row_blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:

@@ -18,7 +18,7 @@ from megallama.checkpoint.model_folder import (
 )
 from megallama.checkpoint.safetensors_folder import read_json
 from megallama.checkpoint.writer import CheckpointWriter
-from megallama.config.load import model_to_yaml
+from megallama.config.load import is_shipped_otherwise, model_to_yaml
 from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
 
@@ -39,8 +39,8 @@ def import_model(
         vocab_multiple: The embedding is padded to a multiple of this, with zeros.
 
     Raises:
-        UserError: unknown or unsupported keys, tensors missing, too many or of another shape, damaged files,
-            `output` exists, the disk is full.
+        UserError: unknown or unsupported keys, tensors missing, too many or of another shape, damaged files, another
+            shape of this name in conf/model/, `output` exists, the disk is full.
     """
     if vocab_multiple < 1:
         raise UserError(f"--vocab-multiple ({vocab_multiple}) must be 1 or more")
@@ -50,6 +50,10 @@ def import_model(
             f"the name of the shape ({name!r}) must be letters, digits, '_', '-', '.': give --name"
         )
     model = model_of_folder(source, name=name, vocab_multiple=vocab_multiple)
+    if is_shipped_otherwise(name, model):
+        raise UserError(
+            f"the name of the shape ({name}) is that of another one in conf/model/: give another with --name"
+        )
     with HuggingFaceWeights(source, model=model) as weights:
         size_bytes = 4 * sum(math.prod(tensor.shape) for tensor in weights.canonical.values())
         with new_folder(output) as folder:

@@ -16,6 +16,7 @@ from megallama.checkpoint.protocol import (
     step_name,
 )
 from megallama.checkpoint.record import JSON, MANIFEST_FILE, damage_at
+from megallama.config.same_model import WITHOUT_WEIGHTS
 from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
 
@@ -38,7 +39,7 @@ def source_problems(path: Path, *, model: ModelConfig, own: Path) -> list[str]:
         return [f"train.init_from ({path}): {error}"]
     except OSError as error:
         return [f"train.init_from ({path}) cannot be read ({error.strerror}): check its permissions"]
-    differences = model_differences(stored, model_facts(model))
+    differences = model_differences(stored, model_facts(model), may_differ=WITHOUT_WEIGHTS)
     if differences:
         return [
             f"train.init_from ({path}) holds another model ({'; '.join(differences)}):"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -100,19 +100,23 @@ def load_checkpoint(
     tensors: Mapping[str, BoxedTensor],
     model: Mapping[str, JSON],
     kind: str | None = None,
+    may_differ: Collection[str] = (),
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, JSON]:
     """Fills the boxes of `tensors` in place from the checkpoint at `path` and returns its state.
 
     The layout of the saving run does not matter. Contents are not digested: `latest_checkpoint` does that.
     Only tensors of one `kind` (`fp32`) are filled if it is given; the checkpoint may then lack the others.
+    Facts of `model` in `may_differ` are not compared.
 
     Raises:
         UserError: the checkpoint is of another model (with the differing keys), or cannot be read.
         DamagedError: it is incomplete.
     """
     ranks = Ranks(group)
-    manifest, index = ranks.everywhere(lambda: _open(path, model, with_sizes=ranks.is_first))
+    manifest, index = ranks.everywhere(
+        lambda: _open(path, model, may_differ=may_differ, with_sizes=ranks.is_first)
+    )
     if kind is not None:
         index = {key: record for key, record in index.items() if key.startswith(f"{kind}/")}
         tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{kind}/")}
@@ -126,13 +130,13 @@ def load_checkpoint(
 
 
 def _open(
-    path: Path, model: Mapping[str, JSON], *, with_sizes: bool
+    path: Path, model: Mapping[str, JSON], *, may_differ: Collection[str], with_sizes: bool
 ) -> tuple[Manifest, dict[str, TensorRecord]]:
     with damage_at(path):
         manifest = read_manifest(path)
         if with_sizes:
             check_sizes(path, manifest)
-        check_model(path, manifest.model, plain_json(model, what="model"))
+        check_model(path, manifest.model, plain_json(model, what="model"), may_differ=may_differ)
         return manifest, read_index(path, manifest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from megallama.commands.parser import Commands
 
@@ -13,6 +14,9 @@ def add(commands: Commands) -> None:
     check.add_argument(
         "--world-size", type=int, default=None, help="number of ranks; rules that need it are left out"
     )
+    check.add_argument(
+        "--config-dir", type=Path, default=None, help="a folder with model/ or exp/ of your own"
+    )
     check.add_argument("overrides", nargs="*", help="what launch/train.py is given: +exp=... key=value ...")
     check.set_defaults(command=_check)
 
@@ -22,7 +26,7 @@ def _check(options: argparse.Namespace) -> None:
     from megallama.model.counts import count_parameters
     from megallama.preflight import check_run
 
-    config = load_config(options.overrides)
+    config = load_config(options.overrides, extra_conf_dir=options.config_dir)
     check_run(config, world_size=options.world_size)
     model, train = config.model, config.train
     tokens_per_step = train.global_batch_size * train.seq_len

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 from megallama.config.load import load_yaml
+from megallama.config.same_model import differing_settings
 from megallama.config.schema import AdamKernel, NormKernel, RunConfig, SourceConfig
+from megallama.config.typed import plain
 from megallama.host.errors import ConfigError, UserError
-
-NOT_OF_THE_SHAPE = {"name", "hidden_dropout", "init_std", "max_seq_len"}
-"""Model settings that may change between the runs of one checkpoint."""
-
 
 SPARE_RATIO = 0.01
 """Share of a model's rows that its tokenizer may leave unused, as in Qwen's published models (under 0.3%)."""
@@ -184,16 +182,13 @@ def check_same_model(config: RunConfig) -> Iterator[str]:
         if not any((path / "checkpoints").iterdir()) or not (path / "config.yaml").exists():
             return  # checkpoints alone, copied from elsewhere: loading compares the model
         before = load_yaml(path / "config.yaml").model
-    except ConfigError as error:
-        yield str(error)
-        return
+    except ConfigError:
+        return  # damaged: the start writes it anew, and loading compares the model
     except OSError:
         return  # no checkpoints to go on from
     differences = [
-        f"model.{field.name} {getattr(before, field.name)} there, {getattr(config.model, field.name)} here"
-        for field in dataclasses.fields(before)
-        if field.name not in NOT_OF_THE_SHAPE
-        and getattr(before, field.name) != getattr(config.model, field.name)
+        f"model.{key} {there} there, {here} here"
+        for key, (there, here) in differing_settings(plain(before), plain(config.model)).items()
     ]
     if differences:
         yield (

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -26,6 +26,8 @@ from megallama.config.overrides import parse_overrides
 from megallama.config.schema import ModelConfig, RunConfig, SourceConfig
 from megallama.config.typed import Problems, build, defaults, plain, type_name
 from megallama.host.errors import ConfigError
+
+T = TypeVar("T")
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 """The repository's configuration files."""
@@ -59,6 +61,7 @@ def load_config(
     with _hydra(conf_dir):
         options = _options_with(extra_conf_dir)
         parsed = parse_overrides(overrides, group_options=options, allow_sweep=False)
+        parsed.problems.extend(_ambiguous(parsed.overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir))
         words = [str(override.input_line) for override in parsed.overrides]
         values = _compose(words + _search_path(extra_conf_dir), problems=parsed.problems)
         problems = Problems(list(parsed.problems))
@@ -123,6 +126,21 @@ def model_to_yaml(model: ModelConfig) -> str:
     return str(yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
+def is_shipped_otherwise(name: str, file: Path | ModelConfig, *, conf_dir: Path = CONF_DIR) -> bool:
+    """Whether `conf/model/` has a shape of this name and it is not the one of `file`.
+
+    Hydra takes the repository's file wherever a name stands in both folders.
+    """
+    shipped = conf_dir / "model" / f"{name}.yaml"
+    if not shipped.is_file():
+        return False
+    try:
+        own = file if isinstance(file, ModelConfig) else load_model_yaml(file)
+    except ConfigError:
+        return True
+    return dataclasses.replace(own, name=name) != dataclasses.replace(load_model_yaml(shipped), name=name)
+
+
 class _Dumper(yaml.SafeDumper):
     """PyYAML 6.0 writes Unicode's own line ends plainly and reads them back as spaces; quoted, it escapes them."""
 
@@ -140,18 +158,31 @@ def load_yaml(path: str | Path) -> RunConfig:
     Raises:
         ConfigError: the file cannot be read, or holds unknown settings or wrong values.
     """
+    return _load_as(RunConfig, path, key="")
+
+
+def load_model_yaml(path: str | Path) -> ModelConfig:
+    """The shape in a file of `conf/model/`, or one that `model_to_yaml` made.
+
+    Raises:
+        ConfigError: as `load_yaml`.
+    """
+    return _load_as(ModelConfig, path, key="model")
+
+
+def _load_as(cls: type[T], path: str | Path, *, key: str) -> T:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            [f"configuration {path} cannot be read ({reason}): restore it or use another run folder"]
+            [f"configuration {path} cannot be read ({reason}): restore it or use another folder"]
         ) from error
     if not isinstance(values, dict):
-        raise ConfigError([f"configuration {path} holds no settings: restore it or use another run folder"])
+        raise ConfigError([f"configuration {path} holds no settings: restore it or use another folder"])
     problems = Problems()
-    config = build(RunConfig, values, problems=problems, origin=str(path))
-    messages = problems.messages + [f"{key} is missing in {path}: add it" for key in problems.missing]
+    config = build(cls, values, problems=problems, key=key, origin=str(path))
+    messages = problems.messages + [f"{name} is missing in {path}: add it" for name in problems.missing]
     if messages or config is None:
         raise ConfigError(messages)
     return config
@@ -202,6 +233,21 @@ def _compose(words: list[str], *, problems: list[str]) -> Any:
             f"the configuration cannot be composed ({' '.join(str(error).split())}): correct what it names"
         )
         raise ConfigError(problems) from error
+
+
+def _ambiguous(
+    overrides: Sequence[Override], *, conf_dir: Path, extra_conf_dir: Path | None
+) -> Iterator[str]:
+    """Names that mean something else in the user's folder than in the repository's."""
+    for override in overrides if extra_conf_dir else ():
+        group, name = override.key_or_group, override.value()
+        own = Path(str(extra_conf_dir), group, f"{name}.yaml")
+        shipped = conf_dir / group / own.name
+        if group not in ("model", "exp") or not own.is_file() or not shipped.is_file():
+            continue
+        if group == "model" and not is_shipped_otherwise(str(name), own, conf_dir=conf_dir):
+            continue
+        yield f"{group}={name} is both in {own.parent} and in {shipped.parent}: rename {own} and give its new name"
 
 
 def _search_path(extra_conf_dir: Path | None) -> list[str]:

@@ -215,8 +215,8 @@ class TrainConfig:
     """Folder of this run: config, metrics, logs, checkpoints. An existing one is continued."""
     init_from: str | None = None
     """Checkpoint, run folder (its newest intact checkpoint), or folder of a Hugging Face model, whose weights a new run
-    starts from, in any layout, at step 0 and with a fresh optimizer. Not used once the run has a checkpoint of its own.
-    Null: random weights."""
+    starts from, in any layout, at step 0 and with a fresh optimizer; `model.rope_*` and `model.norm_eps` may be others
+    than there. Not used once the run has a checkpoint of its own. Null: random weights."""
     seq_len: int = MISSING
     """Tokens of one training sequence."""
     micro_batch_size: int = 1

@@ -7,14 +7,19 @@ JSON has no infinity and no NaN. Such a value is written as null, and the object
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 METRICS_FILE = "metrics.jsonl"
 STEP = "progress/step"
 NONFINITE = "nonfinite"
+DAMAGED_SUFFIX = ".damaged"
+"""Added to the name of the file that keeps lines which a resume could not read."""
 
 
 class JsonlSink:
@@ -49,27 +54,61 @@ def to_line(numbers: Mapping[str, float]) -> str:
 def load_metrics(path: Path) -> list[dict[str, float]]:
     """All steps of a metrics.jsonl, in order; values that JSON cannot hold come back as inf, -inf or nan.
 
-    A last line without its end, which a killed process may leave, is left out.
+    A last line without its end, which a killed process may leave, is left out. So are damaged lines, with one
+    warning.
     """
-    return [row for _, row in _complete_lines(path)]
+    lines = list(_complete_lines(path))
+    damaged = [number for number, (_, row) in enumerate(lines, start=1) if row is None]
+    if damaged:
+        log.warning("%s: %s cannot be read and left out", path, _named(damaged))
+    return [row for _, row in lines if row is not None]
 
 
-def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    with path.open(encoding="utf-8", newline="\n") as lines:
+def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, float] | None]]:
+    """Each line and what it says; None where it is damaged."""
+    with path.open("rb") as lines:
         for line in lines:
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
-            row = json.loads(line)
-            for key, text in row.pop(NONFINITE, {}).items():
-                row[key] = float(text)
-            yield line, row
+            yield line, _row(line)
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    try:
+        row = json.loads(line.decode())
+        if not isinstance(row, dict) or not isinstance(row.get(STEP), int):
+            return None
+        for key, text in row.pop(NONFINITE, {}).items():
+            row[key] = float(text)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    return row if all(isinstance(value, int | float) for value in row.values()) else None
 
 
 def _cut_after(path: Path, *, step: int) -> None:
-    """Rewrite the file with the steps up to `step`; a crash on the way leaves the old file."""
+    """Rewrite the file with the steps up to `step`; a crash on the way leaves the old file.
+
+    Damaged lines go to a file beside it: their steps are not done again, so they may be all that is left of them.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as kept:
-        kept.writelines(line for line, row in _complete_lines(path) if row[STEP] <= step)
+    damaged: dict[int, bytes] = {}
+    with partial.open("wb") as kept:
+        for number, (line, row) in enumerate(_complete_lines(path), start=1):
+            if row is None:
+                damaged[number] = line
+            elif row[STEP] <= step:
+                kept.write(line)
         kept.flush()
         os.fsync(kept.fileno())
+    if damaged:
+        aside = path.with_name(path.name + DAMAGED_SUFFIX)
+        with aside.open("ab") as lines:
+            lines.writelines(damaged.values())
+        log.warning("%s: %s cannot be read and moved to %s", path, _named(list(damaged)), aside.name)
     os.replace(partial, path)
+
+
+def _named(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"line {numbers[0]}"
+    return f"{len(numbers)} lines ({', '.join(map(str, numbers[:4]))}{', ...' if len(numbers) > 4 else ''})"

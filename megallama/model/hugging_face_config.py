@@ -6,7 +6,6 @@ else is an error: a key that were dropped in silence might change what the model
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +17,9 @@ from megallama.config.check_values import (
     check_rope,
     check_sizes_are_positive,
 )
+from megallama.config.same_model import differing_settings
 from megallama.config.schema import ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
-from megallama.config.typed import Problems, build
+from megallama.config.typed import Problems, build, plain
 from megallama.host.errors import UserError
 
 ARCHITECTURES = {
@@ -344,19 +344,10 @@ def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
 
 
 def same_model(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Keys in which two shapes differ that compute something else; null stands for what it means."""
-    skipped = {"name", "vocab_multiple", "max_seq_len", "init_std", "hidden_dropout"}
-    first, second = _explicit(one), _explicit(other)
-    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in skipped]
+    """Keys in which two shapes differ that compute something else; how far the vocabulary is padded does not matter."""
+    differing = differing_settings(plain(one), plain(other))
     return [
-        f"model.{name} ({first[name]} and {second[name]})" for name in names if first[name] != second[name]
+        f"model.{key} ({first} and {second})"
+        for key, (first, second) in differing.items()
+        if key != "vocab_multiple"
     ]
-
-
-def _explicit(model: ModelConfig) -> dict[str, Any]:
-    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    values["num_kv_heads"] = model.num_kv_heads or model.num_heads
-    values["head_dim"] = model.head_dim or model.hidden_size // model.num_heads
-    if model.rope_scaling in (RopeScaling.none, RopeScaling.linear):
-        values["rope_original_max_seq_len"] = None
-    return values

@@ -33,35 +33,36 @@ class MetricsHook(Hook):
         self._meter, facts = build_meter(
             self._config, world_size=self._topology.world_size, device=self._topology.device
         )
-        self._recorder = build_recorder(
-            self._config,
-            run_dir=self._folder.path,
-            first_step=state.step,
-            is_terminal=sys.stdout.isatty(),
-            wandb_key_present=self._has_wandb_key,
-            facts=facts,
-        )
+        with self._trouble_told():
+            self._recorder = build_recorder(
+                self._config,
+                run_dir=self._folder.path,
+                first_step=state.step,
+                is_terminal=sys.stdout.isatty(),
+                wandb_key_present=self._has_wandb_key,
+                facts=facts,
+            )
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         """Record one step, with what earlier hooks added to it."""
         assert self._recorder is not None
         progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
         numbers = self._meter.measure(report.result, progress=progress, seconds=report.seconds)
-        with self._full_disk_told():
+        with self._trouble_told():
             self._recorder.record(state.step, {**numbers, **report.numbers})
 
     def finish(self, state: TrainState) -> None:
         """Close the sinks."""
         if self._recorder is not None:
-            with self._full_disk_told():
+            with self._trouble_told():
                 self._recorder.close()
 
     @contextmanager
-    def _full_disk_told(self) -> Iterator[None]:
+    def _trouble_told(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise UserError(
                 f"metrics cannot be written to {self._folder.path} ({error.strerror or error}): free some space"
-                " there; the same command goes on from the last checkpoint"
+                " there, or make its files writable; the same command goes on from the last checkpoint"
             ) from error

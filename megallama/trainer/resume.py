@@ -10,12 +10,13 @@ from typing import Any
 
 from megallama.checkpoint.agreement import Ranks
 from megallama.checkpoint.boxes import build_boxes
-from megallama.checkpoint.facts import model_facts
+from megallama.checkpoint.facts import model_differences, model_facts
 from megallama.checkpoint.hugging_face_weights import load_hugging_face
 from megallama.checkpoint.protocol import read_manifest, step_name
 from megallama.checkpoint.source import is_hugging_face_source
 from megallama.checkpoint.store import load_checkpoint
 from megallama.checkpoint.verify import intact_checkpoint, latest_checkpoint
+from megallama.config.same_model import WITHOUT_WEIGHTS
 from megallama.config.schema import RunConfig
 from megallama.data.loader import DataLoader
 from megallama.engine.build import Engine
@@ -87,13 +88,24 @@ def _resume(
 def _take_weights(config: RunConfig, topology: Topology, *, engine: Engine, source: Path) -> None:
     group, path = topology.host_group, source
     tensors = build_boxes(engine.fragments(), engine.layout)
+    model = model_facts(config.model)
     if Ranks(group).first(lambda: is_hugging_face_source(source)):
-        load_hugging_face(source, tensors=tensors, model=config.model, group=group)
+        there = load_hugging_face(source, tensors=tensors, model=config.model, group=group)
     else:
         path = intact_checkpoint(source, log=log.warning, group=group)
-        load_checkpoint(path, tensors=tensors, model=model_facts(config.model), kind="fp32", group=group)
+        load_checkpoint(
+            path, tensors=tensors, model=model, kind="fp32", may_differ=WITHOUT_WEIGHTS, group=group
+        )
+        there = Ranks(group).first(lambda: read_manifest(path).model)
     engine.restore(engine.counters())
     log.info("weights from %s, fresh optimizer", path)
+    differences = model_differences(there, model)
+    if differences and topology.rank == 0:
+        log.warning(
+            "the weights of %s were trained with other settings than this run's (%s)",
+            path,
+            "; ".join(differences),
+        )
 
 
 def _progress(path: Path, stored: Mapping[str, Any]) -> TrainState:

@@ -14,8 +14,8 @@ from megallama.checkpoint.reader import CheckpointReader
 from megallama.checkpoint.source import source_problems
 from megallama.cli import main
 from megallama.commands.export_model import parse_size
-from megallama.config.load import load_config
-from megallama.host.errors import UserError
+from megallama.config.load import load_config, model_to_yaml
+from megallama.host.errors import ConfigError, UserError
 from tests.checkpoint.hugging_face import FAMILIES, make_model, our_logits, tokens
 from tests.jobs import SMALL, metrics, overrides, train, write_dataset
 from tests.ranks import run_ranks
@@ -262,6 +262,25 @@ def test_existing_output_is_refused(folder, tmp_path, capsys):
     assert main(["export", str(folder / "llama2-imported"), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("exists already: give a new folder") == 2
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_name_that_a_shipped_shape_has(folder, tmp_path, capsys):
+    """Hydra would take the shipped one: the name is refused, before anything is written and where it is used."""
+    code = main(["import", str(folder / "llama2"), str(tmp_path / "llama2_7b")])
+    error = capsys.readouterr().err
+    assert code == 2 and "name of the shape (llama2_7b) is that of another one in conf/model/" in error
+    assert "--name" in error and list(tmp_path.iterdir()) == []
+    words = ["model=llama_tiny", *SMALL[3:], "train.run_dir=r"]
+    shipped = load_config(words).model
+    own = tmp_path / "conf"
+    (own / "model").mkdir(parents=True)
+    for text, is_same in ((model_to_yaml(shipped), True), ("name: llama_tiny\nnum_layers: 2\n", False)):
+        (own / "model" / "llama_tiny.yaml").write_text(text, encoding="utf-8")
+        if is_same:
+            assert load_config(words, extra_conf_dir=own).model == shipped
+            continue
+        with pytest.raises(ConfigError, match=f"model=llama_tiny is both in {own}/model and in .*: rename"):
+            load_config(words, extra_conf_dir=own)
 
 
 def test_export_refuses_another_model_and_damaged_checkpoints(folder, tmp_path):

@@ -392,9 +392,21 @@ def test_run_goes_on_only_with_the_same_model(tmp_path: Path) -> None:
     assert "holds checkpoints of another model (model.num_layers 4 there, 8 here)" in problem
     renamed = dataclasses.replace(first, model=dataclasses.replace(first.model, name="其他"))
     assert problems_of(renamed) == []
-    (folder / "config.yaml").write_text("not: [yaml", encoding="utf-8")
-    (problem,) = problems_of(first)
-    assert "cannot be read" in problem and "config.yaml" in problem
+    explicit = ["model.head_dim=16", "model.num_kv_heads=2", "model.vocab_multiple=64"]
+    assert problems_of(small_run(tmp_path, *explicit)) == [], "the same in other words"
+    (problem,) = problems_of(small_run(tmp_path, *YARN))
+    assert "(model.rope_attention_factor None there" in problem and "none there, yarn here" in problem
+
+
+@pytest.mark.parametrize("damage", [b"", b"not: [yaml", b"\xff\x00", b"model: {depth: 3}", None])
+def test_a_damaged_configuration_of_the_run_is_no_obstacle(damage: bytes | None, tmp_path: Path) -> None:
+    """The start writes it anew, and the checkpoint itself says of which model it is."""
+    config = small_run(tmp_path)
+    folder = Path(config.train.run_dir)
+    (folder / "checkpoints" / "step-10").mkdir(parents=True)
+    file = folder / "config.yaml"
+    file.mkdir() if damage is None else file.write_bytes(damage)
+    assert problems_of(config) == []
 
 
 def test_named_kernels_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

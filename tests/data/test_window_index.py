@@ -78,3 +78,25 @@ def test_memory_does_not_grow_with_the_windows(tmp_path: Path, monkeypatch: pyte
 
 def test_no_document_fits(tmp_path: Path) -> None:
     assert len(load_window_starts(Memory([3]), seq_len=8, folder=tmp_path)) == 0
+
+
+DAMAGE = {
+    "truncated": lambda raw: raw[:-8],
+    "cut within a number": lambda raw: raw[:-3],
+    "one bit flipped": lambda raw: raw[:80] + bytes([raw[80] ^ 1]) + raw[81:],
+    "empty": lambda raw: b"",
+    "garbage": lambda raw: bytes(range(256)) * 4,
+    "of an older version": lambda raw: raw[:-32],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_index_is_made_anew(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = list(window_starts(source(), seq_len=8))
+    load_window_starts(source(), seq_len=8, folder=tmp_path)
+    (path,) = tmp_path.glob("*.starts")
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGE[damage](whole))
+    assert load_window_starts(source(), seq_len=8, folder=tmp_path).tolist() == expected
+    assert path.read_bytes() == whole
+    assert caplog.messages == [f"index {path} of data source 内存 is damaged: made anew"]

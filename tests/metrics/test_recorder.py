@@ -36,6 +36,22 @@ FACTS: dict[str, str | int | float] = {
 }
 
 
+DAMAGE = (
+    b"garbage\n",
+    b"\xff\xfe\x00 \xe4\xb8\n",
+    b'{"progress/step": 3, "train/l\n',
+    b"[1, 2]\n",
+    b"\n",
+    b'{"train/loss": 1.0}\n',
+    b'{"progress/step": "3"}\n',
+    b'{"progress/step": 3, "train/loss": "x"}\n',
+    b'{"progress/step": 3, "nonfinite": 4}\n',
+    b'{"progress/step": 3, "nonfinite": {"train/loss": "many"}}\n',
+    b"[" * 100_000 + b"\n",
+)
+"""What may stand where a line of metrics.jsonl stood."""
+
+
 def numbers_of(step: int, *, grad_norm: float = 0.7, is_skipped: bool = False) -> dict[str, float]:
     """Metrics of a step whose loss is its number."""
     result = dataclasses.replace(RESULT, loss=float(step), grad_norm=grad_norm, is_skipped=is_skipped)
@@ -73,6 +89,25 @@ class TestJsonl:
         record(JsonlSink(path, first_step=0), range(1, 4))
         record(JsonlSink(path, first_step=0), range(1, 3))
         assert [row["progress/step"] for row in load_metrics(path)] == [1, 2]
+
+    @pytest.mark.parametrize("damage", DAMAGE, ids=[repr(line[:24]) for line in DAMAGE])
+    def test_a_damaged_line_is_put_aside_and_costs_no_other(
+        self, damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = tmp_path / "metrics.jsonl"
+        record(JsonlSink(path, first_step=0), range(1, 6))
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[2] = damage
+        path.write_bytes(b"".join(lines))
+        assert [row["progress/step"] for row in load_metrics(path)] == [1, 2, 4, 5]
+        assert caplog.messages == [f"{path}: line 3 cannot be read and left out"]
+        caplog.clear()
+        for _ in range(2):
+            record(JsonlSink(path, first_step=4), range(5, 7))
+        assert caplog.messages == [f"{path}: line 3 cannot be read and moved to metrics.jsonl.damaged"]
+        assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage
+        assert path.read_bytes().splitlines(keepends=True)[:3] == [*lines[:2], lines[3]], "bytes as they were"
+        assert [row["progress/step"] for row in load_metrics(path)] == [1, 2, 4, 5, 6]
 
     def test_loss_comes_back_bit_for_bit(self, tmp_path: Path) -> None:
         path, loss = tmp_path / "metrics.jsonl", 0.1 + 0.2
