@@ -78,14 +78,14 @@ def softmax_sum_is_not_reduced_over_tp() -> None:
 @mutation("tp=2")
 def exponents_are_summed_over_tp_twice() -> None:
     """As with logits that were gathered before: the loss is off by log tp (issue 7452: GPTModel's labels path)."""
-    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy as cross_entropy
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 
-    original = cross_entropy.calculate_cross_entropy_loss
+    original = VocabParallelCrossEntropy.calculate_cross_entropy_loss
 
     def around(exponents: Any, predicted: Any, sums: Any) -> Any:
         return original(exponents, predicted, sums * sizes().get_tensor_model_parallel_world_size())
 
-    cross_entropy.calculate_cross_entropy_loss = staticmethod(around)
+    VocabParallelCrossEntropy.calculate_cross_entropy_loss = staticmethod(around)
 
 
 @mutation("tp=2,sp=true")
