@@ -55,17 +55,12 @@ def step_traffic(config: RunConfig, *, grid: Grid, place: Coordinates) -> Traffi
     """Bytes of one optimizer step of the rank at `place`; a step that fp16 skips gathers no parameters.
 
     Raises:
-        UserError: a combination without a formula: ZeRO 3 with stages, fewer key/value heads than tp ranks.
+        UserError: ZeRO 3 with stages, which has no formula.
     """
-    kv_heads = config.model.num_kv_heads or config.model.num_heads
-    if kv_heads % grid.tp:
-        raise UserError(
-            f"model.num_kv_heads ({kv_heads}) below parallel.tp ({grid.tp}) has no traffic formula: use a smaller tp"
-        )
     if config.zero.stage == 3 and grid.pp > 1:
         raise UserError(
-            f"zero.stage (3) with parallel.pp ({grid.pp}) has no traffic formula: what is gathered again depends on"
-            " the micro-batches in flight; measure it with log.traffic=true"
+            f"zero.stage (3) with parallel.pp ({grid.pp}) has no traffic formula: DeepSpeed keeps or drops a weight by"
+            " what it recorded of earlier micro-batches; measure it with log.traffic=true"
         )
     holding = _holding(config, grid, place)
     micro_batches = num_micro_batches(
@@ -86,11 +81,9 @@ def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
     chunks = stages[place.pp :: grid.pp]
     layers = sum(chunks)
     is_first, is_last = place.pp == 0, place.pp == grid.pp - 1
-    head_dim = model.head_dim or model.hidden_size // model.num_heads
-    query = model.num_heads * head_dim
-    key_value = (model.num_kv_heads or model.num_heads) * head_dim
+    query, key, value = _widths(config)
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    matrices = [(query + 2 * key_value) * hidden, query * hidden, 2 * ffn * hidden, ffn * hidden] * layers
+    matrices = [(query + key + value) * hidden, query * hidden, 2 * ffn * hidden, ffn * hidden] * layers
     rows = padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple)
     # A tied copy on the last stage is no parameter.
     tables = int(is_first) + int(is_last and not model.tie_embeddings)
@@ -101,9 +94,23 @@ def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
         is_last=is_last,
         matrices=[size // grid.tp for size in matrices + [rows * hidden] * tables],
         norms=[hidden] * (2 * layers + int(is_last)),
-        head_norms=[head_dim] * (2 * layers * int(model.qk_norm)),
-        biases=[(query + 2 * key_value) // grid.tp] * (layers * int(model.qkv_bias)),
+        head_norms=[_head_dim(config)] * (2 * layers * int(model.qk_norm)),
+        biases=[(query + key + value) // grid.tp] * (layers * int(model.qkv_bias)),
     )
+
+
+def _head_dim(config: RunConfig) -> int:
+    return config.model.head_dim or config.model.hidden_size // config.model.num_heads
+
+
+def _kv_heads(config: RunConfig) -> int:
+    return config.model.num_kv_heads or config.model.num_heads
+
+
+def _widths(config: RunConfig) -> tuple[int, int, int]:
+    """Of all queries, keys and values of a token."""
+    query, key = (heads * _head_dim(config) for heads in (config.model.num_heads, _kv_heads(config)))
+    return query, key, key
 
 
 def _layers_again(config: RunConfig, layers: int) -> int:
@@ -144,6 +151,12 @@ def _add_tensor_parallel(
     else:
         traffic["tp", "all_reduce", dtype] += m * activation * (4 * layers + 2 * again + first + last)
     traffic["tp", "all_reduce", dtype] += m * sum(holding.head_norms) * ITEM_BYTES[dtype]
+    if _kv_heads(config) < grid.tp:
+        # Ranks that share a key/value head gather the fused qkv output and pick their heads.
+        tokens = config.train.seq_len // grid.cp * config.train.micro_batch_size
+        fused = tokens * sum(_widths(config)) * ITEM_BYTES[dtype]
+        traffic["tp", "all_gather", dtype] += m * fused * (layers + again)
+        traffic["tp", "reduce_scatter", dtype] += m * fused * layers
     if last:
         # Cross-entropy: the largest logit, the logit of the label, the sum of exponentials, of each token.
         tokens = config.train.seq_len // grid.cp * config.train.micro_batch_size
@@ -157,10 +170,9 @@ def _add_context_parallel(
     if grid.cp == 1:
         return
     model, train = config.model, config.train
-    head_dim = model.head_dim or model.hidden_size // model.num_heads
-    kv_heads = (model.num_kv_heads or model.num_heads) // grid.tp
+    kv_heads = max(1, _kv_heads(config) // grid.tp)
     tokens = train.seq_len // grid.cp * train.micro_batch_size
-    queries, keys = (tokens * heads * head_dim for heads in (model.num_heads // grid.tp, kv_heads))
+    queries, keys = (tokens * n * _head_dim(config) for n in (model.num_heads // grid.tp, kv_heads))
     dtype, wide = NUMPY_NAMES[config.precision.dtype], _wide(config)
     # Values are as large as keys. A forward pass that runs again moves all that it moved before.
     backwards = m * holding.layers

@@ -159,6 +159,11 @@ class Bench:
         self._reference = self._run_reference("fp32" if dtype == "bf16" else dtype)
         self._tolerances = TOLERANCES.get(dtype) or self._low_precision_tolerances()
 
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of a step of the small run."""
+        return self._small.train.global_batch_size
+
     def verify(self, layout: Layout, *, before: Callable[[], None] | None) -> LayoutResult:
         """Run one layout and compare it."""
         started = time.monotonic()

@@ -66,6 +66,14 @@ LAYOUTS = [
     "dp=2,zero=2,gbs=16,zero.accumulate_micro_batches=3",
     "pp=2,dp=2,zero=2,ties=true,zero.accumulate_micro_batches=2",
     "pp=2,vp=2,dp=2,zero=2,zero.accumulate_micro_batches=4,precision.dtype=bf16",
+    "tp=2,model.qk_norm=true,model.qkv_bias=true,recompute=full,mbs=2",
+    "tp=2,sp=true,dp=2,zero=1,model.qk_norm=true,model.qkv_bias=true,precision.dtype=bf16",
+    "cp=2,pp=2,zero=2,model.qkv_bias=true,ties=true",
+    "tp=2,cp=2,zero=3,model.qk_norm=true,model.qkv_bias=true,precision.dtype=fp16",
+    "tp=4,model.num_heads=4,model.num_kv_heads=2",
+    "tp=4,sp=true,model.num_heads=4,model.num_kv_heads=1,recompute=full",
+    "tp=2,cp=2,cp_kind=ring,model.num_heads=4,model.num_kv_heads=1,model.qkv_bias=true",
+    "tp=2,cp=2,cp_kind=ulysses,model.num_heads=4,model.num_kv_heads=1,recompute=selective",
 ]
 
 
@@ -106,13 +114,20 @@ def test_a_layer_of_plain_tp_all_reduces_four_activations_for_each_micro_batch(t
 
 
 def test_what_has_no_formula_is_refused(tmp_path):
-    config, grid = cut("tp=2", tmp_path)
-    for few, shape in (
-        (change(config, {"model.num_kv_heads": 1}), grid),
-        (change(config, {"zero.stage": 3}), Grid(tp=1, cp=1, dp=1, pp=2)),
-    ):
-        with pytest.raises(UserError, match="no traffic formula"):
-            step_traffic(few, grid=shape, place=grid.coordinates(0))
+    config, grid = cut("pp=2,dp=2,zero=3", tmp_path)
+    with pytest.raises(UserError, match="no traffic formula: DeepSpeed keeps or drops"):
+        step_traffic(config, grid=grid, place=grid.coordinates(0))
+
+
+def test_zero_3_gathers_weights_twice_on_the_stages_before_the_last(tmp_path):
+    """What docs/parallelism.md says in the place of a formula; each gradient is scattered once."""
+    config, grid = cut("pp=2,dp=2,zero=3", tmp_path)
+    for rank, report in enumerate(run_ranks(grid.world_size, partial(run_rank, config))):
+        gathered, scattered = (
+            report.traffic["dp_cp", operation, "float32"] for operation in ("all_gather", "reduce_scatter")
+        )
+        times = 1 if grid.coordinates(rank).pp == grid.pp - 1 else 2
+        assert gathered == pytest.approx(times * scattered, rel=0.01), f"rank {rank}"
 
 
 def test_metrics_hold_the_bytes_when_asked(tmp_path):

@@ -10,12 +10,12 @@ import torch
 from tests.mutations.registry import mutation, scale_loss, sizes, wrap, wrap_method
 
 
-@mutation
+@mutation("cp=2")
 def loss_is_averaged_over_cp_twice() -> None:
     scale_loss(lambda kwargs, batches: 1 / kwargs["topology"].grid.cp)
 
 
-@mutation
+@mutation("cp=2")
 def positions_start_anew_on_every_cp_rank() -> None:
     from megallama.data.loader import DataLoader
 
@@ -29,7 +29,7 @@ def positions_start_anew_on_every_cp_rank() -> None:
     wrap_method(DataLoader, "_micro_batch", around)
 
 
-@mutation
+@mutation("cp=2")
 def gradients_of_keys_stay_on_their_cp_rank() -> None:
     import megallama.kernels.attention_context as context
 
@@ -41,7 +41,7 @@ def gradients_of_keys_stay_on_their_cp_rank() -> None:
     wrap(context, "_give_back", around)
 
 
-@mutation
+@mutation("cp=2")
 def later_cp_ranks_see_other_documents() -> None:
     from megallama.model.modules import CoreAttention
 
@@ -52,7 +52,7 @@ def later_cp_ranks_see_other_documents() -> None:
     wrap_method(CoreAttention, "forward", around)
 
 
-@mutation
+@mutation("cp=2")
 def tokens_are_counted_once_for_every_cp_rank() -> None:
     from megallama.engine.build import Engine
 
@@ -60,3 +60,52 @@ def tokens_are_counted_once_for_every_cp_rank() -> None:
         return int(count(self, batches) * self._topology.grid.cp)
 
     wrap_method(Engine, "_count_tokens", around)
+
+
+@mutation("cp=2,cp_kind=ring,zero=0")
+def gradients_are_summed_over_dp_without_cp() -> None:
+    """The group of whole sequences in the place of that of all copies (issue 7452: reductions over a wrong group)."""
+    from megallama.engine.zero import ZeroEngine
+
+    def around(reduce: Any, self: Any) -> None:
+        self._topology = dataclasses.replace(self._topology, dp_cp_group=self._topology.dp_group)
+        reduce(self)
+
+    wrap_method(ZeroEngine, "_all_reduce_gradients", around)
+
+
+@mutation("cp=2,cp_kind=ring,zero=0")
+def ring_gradients_end_one_rank_from_home() -> None:
+    import megallama.kernels.attention_context as context
+
+    ring: Any = context.RingAttention
+    original = ring.backward
+
+    def around(ctx: Any, grad: Any) -> Any:
+        dq, dk, dv, *rest = original(ctx, grad)
+        dk, dv = context._Transfer(torch.stack([dk, dv]), ctx.rest[3]).wait()
+        return (dq, dk, dv, *rest)
+
+    ring.backward = staticmethod(around)
+
+
+@mutation("cp=2,cp_kind=ring,zero=0")
+def ring_adds_its_parts_without_their_weights() -> None:
+    """Each part of the keys has a softmax of its own: they must be merged by its sum."""
+    from megallama.kernels.partial import Partial
+
+    def around(add: Any, self: Any, out_old: Any, lse_old: Any, out: Any, lse: Any) -> None:
+        add(self, out_old, lse_old, out, torch.where(lse_old.isinf(), lse, lse_old))
+
+    wrap_method(Partial, "add", around)
+
+
+@mutation("cp=2,cp_kind=ulysses")
+def ulysses_brings_heads_back_in_another_order() -> None:
+    import megallama.kernels.attention_context as context
+
+    def around(to_heads: Any, x: Any, group: Any) -> Any:
+        heads = to_heads(x, group)
+        return heads.roll(heads.size(2) // group.size(), dims=2)
+
+    wrap(context, "_to_heads", around)

@@ -11,7 +11,7 @@ from tests.mutations.registry import mutation, sizes, wrap, wrap_method
 # Gradient norm and clipping.
 
 
-@mutation
+@mutation("tp=2")
 def replicated_parameters_count_on_every_tp_rank() -> None:
     import megallama.engine.build as build
 
@@ -23,7 +23,7 @@ def replicated_parameters_count_on_every_tp_rank() -> None:
     wrap(build, "ZeroEngine", around)
 
 
-@mutation
+@mutation("tp=2,sp=true")
 def sharded_parameters_count_on_one_tp_rank() -> None:
     """A parameter cut over tp without its mark (issue 7452: learnable attention sinks)."""
     import megallama.engine.build as build
@@ -37,7 +37,7 @@ def sharded_parameters_count_on_one_tp_rank() -> None:
     wrap(build, "ZeroEngine", around)
 
 
-@mutation
+@mutation("pp=2,zero=2,recompute=full")
 def norm_leaves_out_copies_of_later_stages() -> None:
     from megallama.topology.groups import DeepSpeedGroups
 
@@ -45,7 +45,7 @@ def norm_leaves_out_copies_of_later_stages() -> None:
         setattr(DeepSpeedGroups, name, lambda self: self._topology.tp_pp_group.rank())
 
 
-@mutation
+@mutation("pp=2,zero=2,recompute=full")
 def norm_is_not_summed_over_stages() -> None:
     from megallama.topology.groups import DeepSpeedGroups
 
@@ -55,7 +55,7 @@ def norm_is_not_summed_over_stages() -> None:
 # Gradients of micro-batches and replicas.
 
 
-@mutation
+@mutation("pp=2,zero=2,recompute=full")
 def hook_state_is_not_cleared_before_a_backward() -> None:
     from megallama.engine.zero import ZeroEngine
 
@@ -70,7 +70,7 @@ def hook_state_is_not_cleared_before_a_backward() -> None:
     wrap_method(ZeroEngine, "_begin_backward", around)
 
 
-@mutation
+@mutation("tp=2,sp=true")
 def last_micro_batch_is_skipped() -> None:
     import megallama.engine.build as build
 
@@ -80,7 +80,7 @@ def last_micro_batch_is_skipped() -> None:
     wrap(build, "run_schedule", around)
 
 
-@mutation
+@mutation("dp=2,zero=0")
 def gradients_are_reduced_in_bf16() -> None:
     import megallama.engine.zero as zero
 
@@ -96,14 +96,14 @@ def gradients_are_reduced_in_bf16() -> None:
     wrap(zero.dist, "all_reduce", around)
 
 
-@mutation
+@mutation("dp=2,zero=0")
 def zero_0_does_not_reduce() -> None:
     from megallama.engine.zero import ZeroEngine
 
     ZeroEngine._all_reduce_gradients = lambda self: None
 
 
-@mutation
+@mutation("dp=2,zero=0")
 def replicas_read_the_same_samples() -> None:
     import megallama.data.build as build
 
@@ -113,7 +113,7 @@ def replicas_read_the_same_samples() -> None:
     wrap(build, "open_loader", around)
 
 
-@mutation
+@mutation("pp=2,zero=2,recompute=full")
 def last_stage_reads_micro_batches_in_another_order() -> None:
     from megallama.data.loader import DataLoader
 
@@ -125,7 +125,7 @@ def last_stage_reads_micro_batches_in_another_order() -> None:
     wrap_method(DataLoader, "batches", around)
 
 
-@mutation
+@mutation("pp=2,zero=2,recompute=full")
 def gradients_are_left_over_on_a_later_stage() -> None:
     from megallama.engine.zero import ZeroEngine
 
@@ -143,7 +143,7 @@ def gradients_are_left_over_on_a_later_stage() -> None:
 # The update.
 
 
-@mutation
+@mutation("pp=2,zero=2,recompute=full")
 def later_stages_are_one_step_ahead_of_the_learning_rate() -> None:
     import megallama.engine.build as build
 
@@ -154,7 +154,7 @@ def later_stages_are_one_step_ahead_of_the_learning_rate() -> None:
     wrap(build, "learning_rate", around)
 
 
-@mutation
+@mutation("tp=2,sp=true")
 def norms_decay_under_tp() -> None:
     import megallama.engine.build as build
 
@@ -171,7 +171,7 @@ def adam_states(zero: Any) -> list[dict[str, Any]]:
     return [state for state in zero.optimizer.optimizer.state.values() if "exp_avg" in state]
 
 
-@mutation
+@mutation("dp=2,zero=0")
 def a_replica_forgets_its_moments() -> None:
     from megallama.engine.zero import ZeroEngine
 
@@ -185,7 +185,7 @@ def a_replica_forgets_its_moments() -> None:
     wrap_method(ZeroEngine, "step", around)
 
 
-@mutation
+@mutation("pp=2,zero=2,recompute=full")
 def bias_correction_starts_late_on_later_stages() -> None:
     from megallama.engine.zero import ZeroEngine
 
@@ -199,7 +199,7 @@ def bias_correction_starts_late_on_later_stages() -> None:
     wrap_method(ZeroEngine, "step", around)
 
 
-@mutation
+@mutation("pp=2,vp=2,zero=1")
 def interleaved_sends_are_batched() -> None:
     """megatron-core 0.16.1 pairs them wrongly with two stages, without an error."""
     import megallama.model.build as build

@@ -7,7 +7,7 @@ from typing import Any
 from tests.mutations.registry import mutation, sizes, wrap_method
 
 
-@mutation
+@mutation("pp=2,vp=2,zero=2,zero.offload=true,zero.accumulate_micro_batches=3")
 def host_memory_keeps_the_last_step_s_sums() -> None:
     """What DeepSpeed 0.19.8 does by itself where a backward reaches one chunk of several."""
     from megallama.engine.zero import ZeroEngine
@@ -23,7 +23,7 @@ def host_memory_keeps_the_last_step_s_sums() -> None:
     wrap_method(ZeroEngine, "step", around)
 
 
-@mutation
+@mutation("pp=2,vp=2,zero=2,zero.offload=true,zero.accumulate_micro_batches=3")
 def host_memory_is_not_copied_back_on_later_stages() -> None:
     """The updated weights stay where they were updated: the device computes with the old ones."""
     from megallama.engine.zero import ZeroEngine
@@ -44,7 +44,7 @@ def host_memory_is_not_copied_back_on_later_stages() -> None:
     wrap_method(ZeroEngine, "step", around)
 
 
-@mutation
+@mutation("pp=2,vp=2,zero=2,zero.offload=true,zero.accumulate_micro_batches=3")
 def host_memory_gets_gradients_in_bf16() -> None:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -55,7 +55,7 @@ def host_memory_gets_gradients_in_bf16() -> None:
     wrap_method(DeepSpeedZeroOptimizer, "async_inplace_copy_grad_to_fp32_buffer_from_gpu", around)
 
 
-@mutation
+@mutation("pp=2,vp=2,zero=2,zero.offload=true,zero.accumulate_micro_batches=3")
 def local_sums_start_from_the_last_micro_batch_alone() -> None:
     from megallama.engine.local_gradients import LocalGradients
 

@@ -14,13 +14,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-MUTATIONS: dict[str, Callable[[], None]] = {}
-"""By name; each function patches this process."""
+MUTATIONS: dict[str, tuple[str, Callable[[], None]]] = {}
+"""By name: a layout of `tests/test_mutations.py` in which the bug shows, and what patches this process."""
 
 
-def mutation(function: Callable[[], None]) -> Callable[[], None]:
-    MUTATIONS[function.__name__] = function
-    return function
+def mutation(layout: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def register(function: Callable[[], None]) -> Callable[[], None]:
+        MUTATIONS[function.__name__] = layout, function
+        return function
+
+    return register
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:

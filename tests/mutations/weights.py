@@ -22,7 +22,7 @@ def initialize(change: Callable[[Any, Any], Any]) -> None:
     wrap(build, "initialize_parameter", around)
 
 
-@mutation
+@mutation("pp=2,zero=2,recompute=full")
 def later_stages_count_layers_from_the_one_before() -> None:
     def change(piece: Any, state: Any) -> Any:
         parts = piece.key.split(".")
@@ -35,7 +35,7 @@ def later_stages_count_layers_from_the_one_before() -> None:
     initialize(change)
 
 
-@mutation
+@mutation("tp=2")
 def qkv_is_the_slice_of_another_tp_rank() -> None:
     def change(piece: Any, state: Any) -> Any:
         if "linear_qkv" not in piece.key or piece.shape == piece.global_shape:
@@ -46,7 +46,7 @@ def qkv_is_the_slice_of_another_tp_rank() -> None:
     initialize(change)
 
 
-@mutation
+@mutation("tp=2")
 def gate_and_up_are_swapped_on_later_tp_ranks() -> None:
     def change(piece: Any, state: Any) -> Any:
         if "linear_fc1" not in piece.key or state.get_tensor_model_parallel_rank() == 0:
@@ -57,7 +57,7 @@ def gate_and_up_are_swapped_on_later_tp_ranks() -> None:
     initialize(change)
 
 
-@mutation
+@mutation("pp=2,zero=2,recompute=full")
 def frequencies_differ_on_later_stages() -> None:
     import megallama.model.build as build
 
@@ -67,7 +67,7 @@ def frequencies_differ_on_later_stages() -> None:
     wrap(build, "inverse_frequencies", around)
 
 
-@mutation
+@mutation("tp=2")
 def vocabulary_range_is_off_by_one_on_later_tp_ranks() -> None:
     import megatron.core.tensor_parallel.cross_entropy as cross_entropy
 
@@ -87,14 +87,14 @@ def vocabulary_range_is_off_by_one_on_later_tp_ranks() -> None:
 # Tied weights.
 
 
-@mutation
+@mutation("pp=2,ties=true,zero=1")
 def tied_copy_is_stale() -> None:
     from megallama.engine.tie import EmbeddingTie
 
     EmbeddingTie.publish_weight = lambda self: None
 
 
-@mutation
+@mutation("pp=2,ties=true,zero=1")
 def tied_gradients_are_not_summed() -> None:
     from megallama.engine.tie import EmbeddingTie
 
