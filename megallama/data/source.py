@@ -17,8 +17,6 @@ import numpy.typing as npt
 from megallama.data.token_file import TokenFile
 from megallama.host.errors import UserError
 
-_DOCUMENTS_AT_ONCE = 16
-
 
 @dataclass(frozen=True)
 class Place:
@@ -97,9 +95,8 @@ class JoinedSource:
         while token < end:
             number = bisect.bisect_right(self._ends, token)
             offset, stop = self._offset(number), min(end, self._ends[number])
-            found += [
-                s + offset - self._first for s in self._starts_in(number, token - offset, stop - offset)
-            ]
+            starts = self._files[number].document_starts_between(token - offset, stop - offset)
+            found += [start + offset - self._first for start in starts]
             token = stop
         return found
 
@@ -122,21 +119,6 @@ class JoinedSource:
 
     def _offset(self, number: int) -> int:
         return int(self._ends[number - 1]) if number else 0
-
-    def _starts_in(self, number: int, first: int, end: int) -> list[int]:
-        """Where documents with tokens begin among tokens [first, end) of a file."""
-        file, found = self._files[number], list[int]()
-        document = file.document_at(first - 1) + 1 if first else 0
-        count = _DOCUMENTS_AT_ONCE
-        while document < file.num_documents:
-            stop = min(document + count, file.num_documents)
-            starts = file.document_starts(document, stop)
-            inside = starts[: int(np.searchsorted(starts, end))]
-            found += inside.tolist()
-            if len(inside) < len(starts):
-                break
-            document, count = stop, 2 * count
-        return list(dict.fromkeys(found))  # empty documents begin where the next one does
 
 
 def cut_for_validation(
