@@ -24,7 +24,6 @@ from megallama.data.stream import Located, SampleStream, token_of
 from megallama.host.errors import UserError
 from megallama.kernels.context_layout import spans, take_shard
 
-
 _UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 

@@ -158,7 +158,7 @@ class TokenFile:
         sequence = bisect.bisect_right(self._search_pointers, token * self._dtype.itemsize) - 1
         document = bisect.bisect_right(self._search_first, sequence, hi=self.num_documents) - 1
         # A search in numbers that are not in order ends anywhere.
-        if not 0 <= document or not self._start(document) <= token < self._start(document + 1):
+        if document < 0 or not self._start(document) <= token < self._start(document + 1):
             for _ in self.document_starts_in_parts():
                 pass  # says what is wrong, unless it lies between two parts
             raise self._damaged(_HEADER_BYTES, f"no document holds token {token}")
