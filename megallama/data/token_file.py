@@ -54,6 +54,7 @@ class TokenFile:
         self.name = str(prefix)
         self.manifest: Manifest | None = read_manifest(prefix)
         # The dataset unmaps the index when it goes, under the views of it.
+        # Kept as long as this object: the map of the index closes with it.
         self._dataset = IndexedDataset(str(prefix), mmap=False)
         index = self._dataset.index
         self._dtype = np.dtype(index.dtype)
