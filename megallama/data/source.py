@@ -55,9 +55,17 @@ class JoinedSource:
     """Tokens [first, end) of some token files joined in their order."""
 
     def __init__(
-        self, name: str, files: Sequence[TokenFile], *, first: int = 0, end: int | None = None
+        self,
+        name: str,
+        files: Sequence[TokenFile],
+        *,
+        first: int = 0,
+        end: int | None = None,
+        content: str | None = None,
     ) -> None:
+        """`content` is the identity of all that the files hold, where it is known to be more than their parts."""
         self.name = name
+        self.content = content
         self._files = tuple(files)
         self._ends = np.cumsum([file.num_tokens for file in files]).tolist()
         whole = int(self._ends[-1])
@@ -65,7 +73,7 @@ class JoinedSource:
         assert 0 <= self._first < self._end <= whole, (first, end, whole)
         self.span = (self._first, self._end)
         self.num_tokens = self._end - self._first
-        parts = [file.identity for file in files]
+        parts = [content] if content is not None else [file.identity for file in files]
         if self.num_tokens < whole:
             parts.append(f"{self._first}-{self._end}")
         self.identity = (
@@ -137,4 +145,7 @@ def cut_for_validation(
             f"validation_fraction ({fraction}) of data source {source.name} leaves no whole document to train on:"
             " lower it, or give validation data of its own"
         )
-    return JoinedSource(source.name, files, end=cut), JoinedSource(source.name, files, first=cut)
+    return (
+        JoinedSource(source.name, files, end=cut, content=source.content),
+        JoinedSource(source.name, files, first=cut, content=source.content),
+    )

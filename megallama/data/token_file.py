@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megallama.data.prepared import Manifest, check_token_file, read_manifest
+from megallama.data.prepared import Manifest, check_token_file, content_identity, read_manifest
 from megallama.host.errors import ConfigError, UserError
 
 _HEADER_BYTES = 34
@@ -75,10 +75,9 @@ class TokenFile:
     @cached_property
     def identity(self) -> str:
         """Digest of what the file holds, wherever it lies: its manifest's, else one of samples from all over it."""
+        if self.manifest is not None and (stated := content_identity(self.manifest)) is not None:
+            return stated
         digest = hashlib.blake2b(digest_size=16)
-        if self.manifest is not None:
-            digest.update(f"{self.manifest.bin_sha256} {self.manifest.idx_sha256}".encode())
-            return digest.hexdigest()
         for path in (f"{self.name}.idx", f"{self.name}.bin"):
             size = os.path.getsize(path)
             digest.update(f"{size} ".encode())
