@@ -127,6 +127,21 @@ class DataLoader:
         """The mixes of the run and what was consumed of each source before `step`, for checkpoints and run folder."""
         return to_plain(self._train.history, step=step)
 
+    def sample_ids(self, step: int) -> dict[str, Any]:
+        """Which samples the whole job takes at step `step`, counted from 0, as plain values.
+
+        `samples` has [source, epoch, place] of each row of the global batch: its number in `sources`, which are
+        paths, the epoch of that source, and how many samples of that epoch came before. `first_sample` is the
+        number of row 0 in the run. Nothing is read for it.
+        """
+        samples = self._train.samples(step)
+        sources: dict[str, int] = {}
+        rows = [
+            (sources.setdefault(path, len(sources)), epoch, place)
+            for path, epoch, place in map(self._train.identify, samples)
+        ]
+        return {"first_sample": samples.start, "sources": list(sources), "samples": rows}
+
     def batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of step `step`, counted from 0: a pure function of history and step.
 
