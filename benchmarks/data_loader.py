@@ -1,18 +1,18 @@
-"""Our loader against megatron-core's GPTDataset and BlendedDataset on the same files, in one run.
-
-    python benchmarks/data_loader.py [--tokens 1e9] [--seq-len 4096] [--batch 64] [--steps 200] [--rounds 3]
+"""Part of `data.py`: our loader against megatron-core's GPTDataset and BlendedDataset on the same files.
 
 Measured for each, in a process of its own, alternating: seconds and memory from opening two blended sources to
 the first batch (megatron-core builds its index then, for one epoch, without a cache); tokens/s of the steps after
-it, in one process and thread pool as each has it; and the seconds of one batch far away. megatron-core can be asked
-only for samples that it has indexed, so ours alone is asked for step 10,000,000. The token files are sparse:
-they take no disk, and reading them costs memory bandwidth only.
+it, by the clock and by processor time, in one process and thread pool as each has it; and the seconds of one batch
+far away. megatron-core can be asked only for samples that it has indexed, so ours alone is asked for step
+10,000,000 and compared with its own step 10. `cut` is ours with `data.packing=cut`, which alone writes an index,
+against megatron-core's. The token files are sparse: they take no disk, and reading them costs memory bandwidth only.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+NAMES = ("a", "b")
 WEIGHTS = (0.7, 0.3)
 FAR_STEP = 10_000_000
 VOCAB_SIZE = 32_000
@@ -50,20 +51,26 @@ def write_sparse(prefix: Path, *, tokens: int, mean_length: int, seed: int) -> N
 class Ours:
     """megallama's loader."""
 
-    def __init__(self, prefixes: list[str], options: argparse.Namespace) -> None:
-        from megallama.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
+    def __init__(self, prefixes: list[str], options: argparse.Namespace, *, is_cut: bool = False) -> None:
+        from megallama.config.schema import (
+            DataConfig,
+            ModelConfig,
+            Packing,
+            RunConfig,
+            SourceConfig,
+            TrainConfig,
+        )
         from megallama.data.loader import open_loader
 
         sources = [SourceConfig(path=p, weight=w) for p, w in zip(prefixes, WEIGHTS, strict=True)]
         train = TrainConfig(
             steps=FAR_STEP * 2,
-            run_dir=options.folder,
+            run_dir=tempfile.mkdtemp(dir=options.folder),
             seq_len=options.seq_len,
             global_batch_size=options.batch,
         )
-        config = RunConfig(
-            model=ModelConfig(vocab_size=VOCAB_SIZE), train=train, data=DataConfig(sources=sources)
-        )
+        data = DataConfig(sources=sources, packing=Packing.cut if is_cut else Packing.continued)
+        config = RunConfig(model=ModelConfig(vocab_size=VOCAB_SIZE), train=train, data=data)
         self._loader = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
 
     def read(self, step: int) -> Any:
@@ -132,26 +139,30 @@ def measure(kind: str, prefixes: list[str], options: argparse.Namespace) -> dict
 
     torch.set_num_threads(1)
     before, begun = peak_mib(), time.perf_counter()
-    reader = {"ours": Ours, "megatron": Megatron}[kind](prefixes, options)
+    readers = {"ours": Ours, "megatron": Megatron, "cut": functools.partial(Ours, is_cut=True)}
+    reader = readers[kind](prefixes, options)
     reader.read(0)
     figures = {"index_s": time.perf_counter() - begun, "index_mib": peak_mib() - before}
-    begun = time.perf_counter()
-    for step in range(1, options.steps + 1):
-        reader.read(step)
-    taken = time.perf_counter() - begun
-    figures["tokens_per_s"] = options.steps * options.batch * options.seq_len / taken
-    for name, step in (("seek_10_s", 10), ("seek_10_million_s", FAR_STEP)):
-        if kind == "megatron" and step == FAR_STEP:
-            continue
-        begun = time.perf_counter()
-        reader.read(step)
-        figures[name] = time.perf_counter() - begun
+    if kind != "cut":
+        begun, begun_cpu = time.perf_counter(), time.process_time()
+        for step in range(1, options.steps + 1):
+            reader.read(step)
+        tokens = options.steps * options.batch * options.seq_len
+        figures["tokens_per_s"] = tokens / (time.perf_counter() - begun)
+        figures["tokens_per_cpu_s"] = tokens / (time.process_time() - begun_cpu)
+        for name, step in (("seek_10_s", 10), ("seek_10_million_s", FAR_STEP)):
+            if kind == "megatron" and step == FAR_STEP:
+                continue
+            time.sleep(0.3)  # reading ahead of the last step is over
+            begun = time.perf_counter()
+            reader.read(step)
+            figures[name] = time.perf_counter() - begun
     reader.close()
     return figures
 
 
 def measure_apart(kind: str, options: argparse.Namespace) -> dict[str, float]:
-    words = [sys.executable, __file__, *sys.argv[1:], "--folder", options.folder, "--measure", kind]
+    words = [sys.executable, __file__, kind, json.dumps(vars(options))]
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
@@ -163,51 +174,48 @@ def measure_apart(kind: str, options: argparse.Namespace) -> dict[str, float]:
 
 def report(rounds: dict[str, list[dict[str, float]]]) -> Iterator[str]:
     """Medians, and ours over megatron-core's."""
-    ours, other = (
-        {name: statistics.median(r[name] for r in found) for name in found[0]} for found in rounds.values()
+    ours, other, cut = (
+        {name: statistics.median(r[name] for r in rounds[kind]) for name in rounds[kind][0]}
+        for kind in ("ours", "megatron", "cut")
     )
     yield f"{'':22}{'megallama':>14}{'megatron-core':>14}{'ratio':>9}"
     for name, value in ours.items():
-        compared = other.get(name)
-        shown = "" if compared is None else f"{compared:14.4g}{value / max(compared, 1e-9):9.3f}"
-        yield f"{name:22}{value:14.4g}{shown}"
+        if name in other:
+            yield f"{name:22}{value:14.4g}{other[name]:14.4g}{value / max(other[name], 1e-9):9.3f}"
+    for name, value in cut.items():
+        yield f"{'cut ' + name:22}{value:14.4g}{other[name]:14.4g}{value / max(other[name], 1e-9):9.3f}"
+    near, far = ours["seek_10_s"], ours["seek_10_million_s"]
+    yield f"{'seek_10_million_s':22}{far:14.4g}{'':14}{far / max(near, 1e-9):9.3f} of our seek_10_s"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=float, default=1e9, help="of both sources together")
-    parser.add_argument("--mean-length", type=int, default=1000, help="tokens of a document")
-    parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        prefixes = [f"{options.folder}/{name}" for name in ("a", "b")]
-        print(json.dumps(measure(options.measure, prefixes, options)))
-        return
-    if (options.steps + 1) * options.batch > options.tokens // options.seq_len:
-        parser.error("the steps need more samples than --tokens hold: lower --steps or --batch")
+def compare_loaders(
+    *, tokens: int, mean_length: int, seq_len: int, batch: int, steps: int, rounds: int
+) -> Iterator[str]:
+    """Lines of the report.
+
+    Args:
+        tokens: Of both sources together.
+        mean_length: Tokens of a document.
+        seq_len: Tokens of a sample.
+        batch: Samples of a step.
+        steps: Steps that are timed.
+        rounds: How often each is measured.
+    """
+    if (steps + 1) * batch > tokens // seq_len:
+        raise SystemExit("the steps need more samples than --tokens hold: lower --steps or --batch")
     with tempfile.TemporaryDirectory() as folder:
-        options.folder = folder
-        for number, (name, weight) in enumerate(zip("ab", WEIGHTS, strict=True)):
+        for number, (name, weight) in enumerate(zip(NAMES, WEIGHTS, strict=True)):
             # A little more than its share, so that one epoch is enough for both.
-            write_sparse(
-                Path(folder) / name,
-                tokens=int(options.tokens * (weight + 0.02)),
-                mean_length=options.mean_length,
-                seed=number,
-            )
-        rounds: dict[str, list[dict[str, float]]] = {"ours": [], "megatron": []}
-        for _ in range(options.rounds):
-            for kind, found in rounds.items():
-                found.append(measure_apart(kind, options))
-        print("\n".join(report(rounds)))
+            own = int(tokens * (weight + 0.02))
+            write_sparse(Path(folder) / name, tokens=own, mean_length=mean_length, seed=number)
+        options = argparse.Namespace(folder=folder, tokens=tokens, seq_len=seq_len, batch=batch, steps=steps)
+        found: dict[str, list[dict[str, float]]] = {"ours": [], "megatron": [], "cut": []}
+        for _ in range(rounds):
+            for kind, figures in found.items():
+                figures.append(measure_apart(kind, options))
+        yield from report(found)
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # a process of `measure_apart`
+    asked = argparse.Namespace(**json.loads(sys.argv[2]))
+    print(json.dumps(measure(sys.argv[1], [f"{asked.folder}/{name}" for name in NAMES], asked)))

@@ -367,6 +367,8 @@ class LogConfig:
     """Weights & Biases project."""
     traffic: bool = False
     """Count the bytes of every collective and send of rank 0, by group, operation and format, as `traffic/...`."""
+    samples: bool = False
+    """Write source, epoch and place of every sample of each step to `samples.jsonl` in the run folder."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Blend:
         self._total = total
         self._upto = [sum(whole[:end]) for end in range(len(whole) + 1)]
         self._is_repeating = total <= MAX_PERIOD
+        self._latest: tuple[int, _Turns] | None = None
 
     def __len__(self) -> int:
         return len(self._upto) - 1
@@ -77,9 +78,14 @@ class Blend:
 
     def _turns(self, block: int) -> _Turns:
         first = 0 if self._is_repeating else block
-        return _take_turns(
-            tuple(self._before_block(first + 1, s) - self._before_block(first, s) for s in range(len(self)))
-        )
+        # Samples in a row are of one block.
+        latest = self._latest
+        if latest is None or latest[0] != first:
+            shares = (
+                self._before_block(first + 1, s) - self._before_block(first, s) for s in range(len(self))
+            )
+            latest = self._latest = first, _take_turns(tuple(shares))
+        return latest[1]
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:

@@ -24,6 +24,8 @@ from megallama.data.stream import Located, SampleStream, token_of
 from megallama.host.errors import UserError
 from megallama.kernels.context_layout import spans, take_shard
 
+_UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -70,6 +72,7 @@ class DataLoader:
         self._part = part
         self._seq_len = config.train.seq_len
         self._spans = spans(self._seq_len, cp_size=config.parallel.cp, cp_rank=part.cp_rank)
+        self._plain_positions = self._shard(positions(((0,),), seq_len=self._seq_len))
         self._train = self._continued(History(), step=0)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
@@ -123,6 +126,21 @@ class DataLoader:
     def ledger(self, step: int) -> dict[str, Any]:
         """The mixes of the run and what was consumed of each source before `step`, for checkpoints and run folder."""
         return to_plain(self._train.history, step=step)
+
+    def sample_ids(self, step: int) -> dict[str, Any]:
+        """Which samples the whole job takes at step `step`, counted from 0, as plain values.
+
+        `samples` has [source, epoch, place] of each row of the global batch: its number in `sources`, which are
+        paths, the epoch of that source, and how many samples of that epoch came before. `first_sample` is the
+        number of row 0 in the run. Nothing is read for it.
+        """
+        samples = self._train.samples(step)
+        sources: dict[str, int] = {}
+        rows = [
+            (sources.setdefault(path, len(sources)), epoch, place)
+            for path, epoch, place in map(self._train.identify, samples)
+        ]
+        return {"first_sample": samples.start, "sources": list(sources), "samples": rows}
 
     def batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of step `step`, counted from 0: a pure function of history and step.
@@ -184,18 +202,23 @@ class DataLoader:
         tokens_BL = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
         labels_BL = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
         if self._part.is_reading_tokens:
-            for row, sample in enumerate(located):
-                self._fill(stream, sample, tokens_BL[row].numpy(), labels_BL[row].numpy())
-        inside = tuple(tuple(start for start in row if start < self._seq_len) for row in starts)
-        # Rotary positions matter by their differences only, so rows that differ need not cost memory.
-        own_starts = inside if self._config.data.reset_positions else ((0,),)
+            for sample, tokens_L, labels_L in zip(located, tokens_BL.numpy(), labels_BL.numpy(), strict=True):
+                self._fill(stream, sample, tokens_L, labels_L)
+        # The last of the seq_len + 1 tokens is a label only.
+        inside = tuple(tuple(row if row[-1] < self._seq_len else row[:-1]) for row in starts)
         return MicroBatch(
             tokens_BS=tokens_BL,
             labels_BS=labels_BL,
             loss_mask_BS=self._loss_mask(labels_BL, starts),
-            positions_BS=self._shard(positions(own_starts, seq_len=self._seq_len)),
+            positions_BS=self._positions(inside),
             document_starts=inside,
         )
+
+    def _positions(self, document_starts: Sequence[Sequence[int]]) -> torch.Tensor:
+        # Rotary positions matter by their differences only, so rows that differ need not cost memory.
+        if not self._config.data.reset_positions:
+            return self._plain_positions
+        return self._shard(positions(document_starts, seq_len=self._seq_len))
 
     def _shard(self, x_BS: torch.Tensor) -> torch.Tensor:
         """What this context-parallel rank holds of a tensor over whole sequences."""
@@ -212,16 +235,17 @@ class DataLoader:
         """Copy this rank's tokens of a sample, and the token after each, from the mapped file."""
         offset = 0
         for begin, end in self._spans:
-            place = begin
+            length, place = end - begin, 0
             for view in stream.read(sample, begin, end + 1):
-                self._check(view, sample, place)
-                first, count = place - begin + offset, len(view)
-                tokens_L[first : min(first + count, offset + end - begin)] = view[: end - place]
-                # Labels stand one place before their token; the first token of the span is none's label.
-                skipped = 1 if place == begin else 0
-                labels_L[first - 1 + skipped : first - 1 + count] = view[skipped:]
+                self._check(view, sample, begin + place)
+                count = len(view)
+                inputs = min(count, length - place)
+                tokens_L[offset + place : offset + place + inputs] = view[:inputs]
                 place += count
-            offset += end - begin
+            # Of the label after the last input there is no input to copy from.
+            labels_L[offset : offset + length - 1] = tokens_L[offset + 1 : offset + length]
+            labels_L[offset + length - 1] = view[-1]
+            offset += length
 
     def _loss_mask(self, labels_BL: torch.Tensor, starts: Sequence[Sequence[int]]) -> torch.Tensor:
         mask_BL = torch.ones(labels_BL.shape, dtype=torch.float32)
@@ -238,7 +262,8 @@ class DataLoader:
 
     def _check(self, view: npt.NDArray[np.integer], sample: Located, first: int) -> None:
         vocab_size = self._config.model.vocab_size
-        if int(view.max()) < vocab_size and int(view.min()) >= 0:
+        # Without a sign, negative numbers are the largest.
+        if int(np.maximum.reduce(view.view(_UNSIGNED[view.itemsize]))) < vocab_size:
             return
         wrong = int(np.flatnonzero((view < 0) | (view >= vocab_size))[0])
         place = sample.source.place(token_of(sample, first + wrong))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megallama.config.schema import Packing, RunConfig, SourceConfig
 from megallama.data.history import History, Mix
-from megallama.data.prepared import check_token_file, shard_prefixes
+from megallama.data.prepared import check_token_file, content_identity, read_manifest, shard_prefixes
 from megallama.data.source import JoinedSource, cut_for_validation
 from megallama.data.stream import SampleStream, SourceShelf, build_mix
 from megallama.data.token_file import TokenFile
@@ -78,6 +78,12 @@ def open_files(path: str) -> list[TokenFile]:
     return [TokenFile(prefix) for prefix in shard_prefixes(path)]
 
 
+def _content(path: str) -> str | None:
+    """What a source is known by: the same for shards and for one file."""
+    manifest = read_manifest(path)
+    return None if manifest is None else content_identity(manifest)
+
+
 def open_past(history: History, *, index_folder: Path) -> SourceShelf:
     """All sources that a history names, as long as they are what they were.
 
@@ -89,7 +95,8 @@ def open_past(history: History, *, index_folder: Path) -> SourceShelf:
     for segment in history.segments:
         for entry in segment.mix.sources:
             first, end = entry.span
-            source = JoinedSource(entry.path, open_files(entry.path), first=first, end=end)
+            files, content = open_files(entry.path), _content(entry.path)
+            source = JoinedSource(entry.path, files, first=first, end=end, content=content)
             if source.identity != entry.identity:
                 raise UserError(
                     f"data source {entry.path} has changed since the run was trained on it: put the files of"
@@ -116,7 +123,7 @@ def _open_sources(config: RunConfig, files: dict[str, list[TokenFile]]) -> _Open
     for entry in all_entries(config):
         key = (entry.path, entry.validation_fraction)
         if key not in opened:
-            whole = JoinedSource(entry.path, files[entry.path])
+            whole = JoinedSource(entry.path, files[entry.path], content=_content(entry.path))
             opened[key] = (
                 cut_for_validation(whole, files[entry.path], entry.validation_fraction)
                 if entry.validation_fraction

@@ -22,7 +22,8 @@ class Permutation:
         # rows x columns exceeds count by less than a row, so hardly any walk takes a second turn.
         self._columns = math.isqrt(count - 1) + 1
         self._rows = -(-count // self._columns)
-        self._key = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=32).digest()
+        digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=32).digest()
+        self._keys = [digest + bytes([number]) for number in range(ROUNDS)]
 
     def __len__(self) -> int:
         return self._count
@@ -38,12 +39,12 @@ class Permutation:
 
     def _turn(self, place: int) -> int:
         row, column = divmod(place, self._columns)
-        for number in range(0, ROUNDS, 2):
-            row = (row + self._mix(number, column)) % self._rows
-            column = (column + self._mix(number + 1, row)) % self._columns
+        for even, odd in zip(self._keys[::2], self._keys[1::2], strict=True):
+            row = (row + _mix(even, column)) % self._rows
+            column = (column + _mix(odd, row)) % self._columns
         return row * self._columns + column
 
-    def _mix(self, number: int, half: int) -> int:
-        # 16 bytes: what is left over when they are folded into a row does not show.
-        message = b"%b%c%d" % (self._key, number, half)
-        return int.from_bytes(hashlib.blake2b(message, digest_size=16).digest(), "little")
+
+def _mix(key: bytes, half: int) -> int:
+    # 16 bytes: what is left over when they are folded into a row does not show.
+    return int.from_bytes(hashlib.blake2b(b"%b%d" % (key, half), digest_size=16).digest(), "little")

@@ -45,10 +45,12 @@ class Manifest:
     tokens: int
     bin_bytes: int
     bin_sha256: str
-    """Of the file; of all shards' checksums where there are shards."""
+    """Of the file; of the one file that shards would make, so that the order of samples does not depend on them."""
     idx_sha256: str
     shards: int = 0
     """Number of token files that this manifest stands for; 0: the one beside it."""
+    parts_sha256: str = ""
+    """Of the shards' checksums; empty without shards, and in manifests of before there was this."""
 
 
 def shard_name(prefix: str | Path, number: int) -> str:
@@ -68,19 +70,27 @@ def shard_prefixes(prefix: str | Path) -> list[str]:
     return [shard_name(prefix, number) for number in range(manifest.shards)]
 
 
-def join_manifests(shards: Sequence[Manifest]) -> Manifest:
-    """The manifest of a dataset that is cut into `shards`."""
-    whole = hashlib.sha256(" ".join(shard.bin_sha256 for shard in shards).encode())
-    index = hashlib.sha256(" ".join(shard.idx_sha256 for shard in shards).encode())
+def join_manifests(shards: Sequence[Manifest], *, bin_sha256: str, idx_sha256: str) -> Manifest:
+    """The manifest of a dataset that is cut into `shards`; the checksums are those of the files without a cut."""
+    parts = hashlib.sha256(" ".join(f"{shard.bin_sha256} {shard.idx_sha256}" for shard in shards).encode())
     return replace(
         shards[0],
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
         bin_bytes=sum(shard.bin_bytes for shard in shards),
-        bin_sha256=whole.hexdigest(),
-        idx_sha256=index.hexdigest(),
+        bin_sha256=bin_sha256,
+        idx_sha256=idx_sha256,
         shards=len(shards),
+        parts_sha256=parts.hexdigest(),
     )
+
+
+def content_identity(manifest: Manifest) -> str | None:
+    """Digest of what the files of a manifest hold, whatever shards they are; None for shards of before it was known."""
+    if manifest.shards and not manifest.parts_sha256:
+        return None
+    content = f"{manifest.bin_sha256} {manifest.idx_sha256}"
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
@@ -116,7 +126,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
             " prepare it again or use the megallama that wrote it"
         )
     kinds = {field.name: int if field.type == "int" else str for field in fields(Manifest)}
-    content.setdefault("shards", 0)  # manifests of before there were shards
+    content = {"shards": 0, "parts_sha256": "", **content}  # manifests of before there were these
     wrong = [name for name, kind in kinds.items() if type(content.get(name)) is not kind]
     if wrong:
         raise UserError(f"manifest {path} lacks or garbles {', '.join(wrong)}: {_PREPARE_AGAIN}")
@@ -193,9 +203,21 @@ def _check_shards(prefix: str | Path, whole: Manifest, *, checksums: bool) -> li
     if len(found) < len(prefixes):
         missing = prefixes[manifests.index(None)]
         return [f"shard {missing} has no manifest (no .json): {_PREPARE_AGAIN}"]
-    if join_manifests(found) != whole:
+    if not _is_joined(found, whole):
         return [f"the {whole.shards} shards of {prefix} disagree with {prefix}.json: {_PREPARE_AGAIN}"]
     return []
+
+
+def _is_joined(shards: Sequence[Manifest], whole: Manifest) -> bool:
+    if whole.parts_sha256:
+        return join_manifests(shards, bin_sha256=whole.bin_sha256, idx_sha256=whole.idx_sha256) == whole
+    # Manifests of before `parts_sha256`: their own checksums were those of the shards' checksums.
+    bins, indexes = (
+        hashlib.sha256(" ".join(checksums).encode()).hexdigest()
+        for checksums in zip(*((shard.bin_sha256, shard.idx_sha256) for shard in shards), strict=True)
+    )
+    joined = join_manifests(shards, bin_sha256=bins, idx_sha256=indexes)
+    return replace(joined, parts_sha256="") == whole
 
 
 def _check_manifest(prefix: str, manifest: Manifest | None, *, checksums: bool) -> list[str]:

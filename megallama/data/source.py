@@ -17,8 +17,6 @@ import numpy.typing as npt
 from megallama.data.token_file import TokenFile
 from megallama.host.errors import UserError
 
-_DOCUMENTS_AT_ONCE = 16
-
 
 @dataclass(frozen=True)
 class Place:
@@ -57,9 +55,17 @@ class JoinedSource:
     """Tokens [first, end) of some token files joined in their order."""
 
     def __init__(
-        self, name: str, files: Sequence[TokenFile], *, first: int = 0, end: int | None = None
+        self,
+        name: str,
+        files: Sequence[TokenFile],
+        *,
+        first: int = 0,
+        end: int | None = None,
+        content: str | None = None,
     ) -> None:
+        """`content` is the identity of all that the files hold, where it is known to be more than their parts."""
         self.name = name
+        self.content = content
         self._files = tuple(files)
         self._ends = np.cumsum([file.num_tokens for file in files]).tolist()
         whole = int(self._ends[-1])
@@ -67,7 +73,7 @@ class JoinedSource:
         assert 0 <= self._first < self._end <= whole, (first, end, whole)
         self.span = (self._first, self._end)
         self.num_tokens = self._end - self._first
-        parts = [file.identity for file in files]
+        parts = [content] if content is not None else [file.identity for file in files]
         if self.num_tokens < whole:
             parts.append(f"{self._first}-{self._end}")
         self.identity = (
@@ -97,9 +103,8 @@ class JoinedSource:
         while token < end:
             number = bisect.bisect_right(self._ends, token)
             offset, stop = self._offset(number), min(end, self._ends[number])
-            found += [
-                s + offset - self._first for s in self._starts_in(number, token - offset, stop - offset)
-            ]
+            starts = self._files[number].document_starts_between(token - offset, stop - offset)
+            found += [start + offset - self._first for start in starts]
             token = stop
         return found
 
@@ -123,21 +128,6 @@ class JoinedSource:
     def _offset(self, number: int) -> int:
         return int(self._ends[number - 1]) if number else 0
 
-    def _starts_in(self, number: int, first: int, end: int) -> list[int]:
-        """Where documents with tokens begin among tokens [first, end) of a file."""
-        file, found = self._files[number], list[int]()
-        document = file.document_at(first - 1) + 1 if first else 0
-        count = _DOCUMENTS_AT_ONCE
-        while document < file.num_documents:
-            stop = min(document + count, file.num_documents)
-            starts = file.document_starts(document, stop)
-            inside = starts[: int(np.searchsorted(starts, end))]
-            found += inside.tolist()
-            if len(inside) < len(starts):
-                break
-            document, count = stop, 2 * count
-        return list(dict.fromkeys(found))  # empty documents begin where the next one does
-
 
 def cut_for_validation(
     source: JoinedSource, files: Sequence[TokenFile], fraction: float
@@ -155,4 +145,7 @@ def cut_for_validation(
             f"validation_fraction ({fraction}) of data source {source.name} leaves no whole document to train on:"
             " lower it, or give validation data of its own"
         )
-    return JoinedSource(source.name, files, end=cut), JoinedSource(source.name, files, first=cut)
+    return (
+        JoinedSource(source.name, files, end=cut, content=source.content),
+        JoinedSource(source.name, files, first=cut, content=source.content),
+    )

@@ -82,6 +82,11 @@ class SampleStream:
         """The samples of a step (from 0)."""
         return self.history.samples(step)
 
+    def identify(self, sample: int) -> tuple[str, int, int]:
+        """(path of the source, epoch of that source from 0, how many samples of that epoch came before)."""
+        entry, number = self.history.segment(sample).draw(sample)
+        return (entry.path, *divmod(number, entry.num_windows))
+
     def locate(self, sample: int) -> Located:
         """Where the tokens of a sample come from."""
         segment = self.history.segment(sample)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -80,14 +80,9 @@ class TokenWriter:
             stream.flush()
             os.fsync(stream.fileno())
             stream.close()
-        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        code = _TYPE_CODES[self._dtype]
         with open(f"{self.prefix}.idx", "wb") as stream:
-            stream.write(INDEX_HEADER.pack(INDEX_MAGIC, 1, code, lengths.size, lengths.size + 1))
-            stream.write(lengths.tobytes())
-            stream.write(((ends - lengths) * self._dtype.itemsize).tobytes())
-            stream.write(np.arange(lengths.size + 1, dtype=np.int64).tobytes())
+            for part in index_parts(self.lengths(), self._dtype):
+                stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
         manifest = Manifest(
@@ -104,6 +99,19 @@ class TokenWriter:
         write_manifest(self.prefix, manifest)
         return manifest
 
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each document so far."""
+        return np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
+
+
+def index_parts(lengths: npt.NDArray[np.int32], dtype: np.dtype[np.integer]) -> Iterator[bytes]:
+    """megatron-core's index of documents of these lengths, part after part."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    yield INDEX_HEADER.pack(INDEX_MAGIC, 1, _TYPE_CODES[dtype], lengths.size, lengths.size + 1)
+    yield lengths.tobytes()
+    yield ((ends - lengths) * dtype.itemsize).tobytes()
+    yield np.arange(lengths.size + 1, dtype=np.int64).tobytes()
+
 
 class ShardedWriter:
     """A split: one token file, or shards of at most `shard_tokens` (a longer document is a shard of its own)."""
@@ -111,8 +119,12 @@ class ShardedWriter:
     def __init__(self, prefix: Path, *, tokenizer: Tokenizer, shard_tokens: int | None) -> None:
         self._prefix = prefix
         self._tokenizer = tokenizer
+        self._dtype = np.dtype(token_type(tokenizer.vocab_size))
         self._shard_tokens = shard_tokens
         self._finished: list[Manifest] = []
+        # Of the one file that the shards would make, by which the source is known.
+        self._digest = hashlib.sha256()
+        self._lengths: list[npt.NDArray[np.int32]] = []
         self._writer = self._next_writer()
 
     def __enter__(self) -> ShardedWriter:
@@ -130,6 +142,8 @@ class ShardedWriter:
         origins: npt.NDArray[np.int64],
     ) -> None:
         """As `TokenWriter.add`."""
+        if self._shard_tokens is not None:
+            self._digest.update(np.ascontiguousarray(tokens).view(np.uint8).data)
         ends = np.cumsum(lengths)
         first, first_token = 0, 0
         while first < lengths.size:
@@ -138,7 +152,7 @@ class ShardedWriter:
                 room = self._shard_tokens - self._writer.tokens
                 end = int(np.searchsorted(ends, first_token + room, side="right"))
                 if end <= first and self._writer.documents:
-                    self._finished.append(self._writer.finish())
+                    self._finished.append(self._finish_shard())
                     self._writer = self._next_writer()
                     continue
                 end = max(end, first + 1)
@@ -148,12 +162,19 @@ class ShardedWriter:
 
     def finish(self) -> Manifest:
         """Write what is left; the manifest of the whole split."""
-        last = self._writer.finish()
         if self._shard_tokens is None:
-            return last
-        whole = join_manifests([*self._finished, last])
+            return self._writer.finish()
+        shards = [*self._finished, self._finish_shard()]
+        index = hashlib.sha256()
+        for part in index_parts(np.concatenate(self._lengths), self._dtype):
+            index.update(part)
+        whole = join_manifests(shards, bin_sha256=self._digest.hexdigest(), idx_sha256=index.hexdigest())
         write_manifest(self._prefix, whole)
         return whole
+
+    def _finish_shard(self) -> Manifest:
+        self._lengths.append(self._writer.lengths())
+        return self._writer.finish()
 
     def _next_writer(self) -> TokenWriter:
         if self._shard_tokens is None:

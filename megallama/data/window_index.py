@@ -8,6 +8,7 @@ would change what a run is trained on, so it is made anew.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import fcntl
 import hashlib
@@ -61,15 +62,16 @@ def load_window_starts(source: TokenSource, *, seq_len: int, folder: Path) -> np
 def window_starts(source: TokenSource, *, seq_len: int) -> Iterator[int]:
     """First token of each window: a document's beginning, and so on with the first one at or after its end."""
     due = 0
-    for starts in source.document_starts_in_parts():
-        at = int(np.searchsorted(starts, due))
+    for part in source.document_starts_in_parts():
+        starts = part.tolist()  # a list is searched many times faster than an array
+        at = bisect.bisect_left(starts, due)
         while at < len(starts):
-            start = int(starts[at])
+            start = starts[at]
             if start + seq_len + 1 > source.num_tokens:
                 return
             yield start
             due = start + seq_len
-            at = int(np.searchsorted(starts, due))
+            at = bisect.bisect_left(starts, due, at)
 
 
 def _write(path: Path, source: TokenSource, seq_len: int) -> None:

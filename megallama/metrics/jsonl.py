@@ -22,8 +22,8 @@ DAMAGED_SUFFIX = ".damaged"
 """Added to the name of the file that keeps lines which a resume could not read."""
 
 
-class JsonlSink:
-    """Appends a line a step and flushes it, so that a crash costs no completed step."""
+class StepLines:
+    """A file of one JSON object a step, each flushed, so that a crash costs no completed step."""
 
     def __init__(self, path: Path, *, first_step: int) -> None:
         """Open `path`; lines of steps after `first_step`, which an interrupted run left, are dropped."""
@@ -31,9 +31,9 @@ class JsonlSink:
             _cut_after(path, step=first_step)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Append one step."""
-        self._file.write(to_line({STEP: step, **numbers}))
+    def append(self, line: str) -> None:
+        """Append the line of a step, which has its number under STEP."""
+        self._file.write(line)
         self._file.flush()
 
     def close(self) -> None:
@@ -41,6 +41,14 @@ class JsonlSink:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+class JsonlSink(StepLines):
+    """The metrics of a run."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Append one step."""
+        self.append(to_line({STEP: step, **numbers}))
 
 
 def to_line(numbers: Mapping[str, float]) -> str:

@@ -30,6 +30,7 @@ from megallama.trainer.loop import StepEngine, Trainer
 from megallama.trainer.metrics_hook import MetricsHook
 from megallama.trainer.resume import layout_facts, start_run
 from megallama.trainer.run_folder import RunFolder
+from megallama.trainer.samples_hook import SamplesHook
 from megallama.trainer.saver import Saver, SaveReportHook
 from megallama.trainer.state import TrainState
 from megallama.trainer.traffic_hook import MeteredEngine
@@ -109,6 +110,8 @@ def build_trainer(
         hooks.append(metered)
     if topology.rank == 0:
         hooks.append(MetricsHook(config, topology, folder=folder, has_wandb_key=environment.has_wandb_key))
+        if config.log.samples:
+            hooks.append(SamplesHook(folder.samples_file, loader.sample_ids))
     hooks.append(GuardHook())
     hooks.append(CheckpointHook(saver, interval=config.checkpoint.interval, last_step=train.steps))
     hooks.append(SignalHook(topology, saver))

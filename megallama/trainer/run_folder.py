@@ -35,6 +35,11 @@ class RunFolder:
         return self.path / LEDGER_FILE
 
     @property
+    def samples_file(self) -> Path:
+        """Which samples each step took, where `log.samples` asks for it."""
+        return self.path / "samples.jsonl"
+
+    @property
     def logs(self) -> Path:
         """One log file a rank."""
         return self.path / "log"

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -426,6 +427,24 @@ def test_an_error_of_the_reading_thread_reaches_the_trainer(prefix: str, tmp_pat
     with pytest.raises(UserError, match=r"token id 5000 in .*a \(document 50, offset 3\)"):
         for step in range(18):
             loader.batches(step)
+
+
+def test_a_sample_costs_few_calls(prefix: str) -> None:
+    """What a loader without workers can give is decided by these; their number depends on no machine."""
+    loader, calls = loader_of(prefix), 0
+    loader.batches(0)
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        loader.batches(14)  # not the next one, so it is read here and now
+    finally:
+        sys.setprofile(before)
+    assert calls / 12 < 140
 
 
 def test_two_sources_with_the_same_content_are_refused(prefix: str, tmp_path: Path) -> None:

@@ -1,12 +1,7 @@
-"""`megallama prepare` against Hugging Face `datasets.map` and Megatron-LM's `preprocess_data.py`, in one run.
-
-    python benchmarks/prepare.py [--megatron-path CHECKOUT] [--tokenizer FILE] [--copies 4] [--rounds 3]
-
-Needs the extra `bench` (`pip install -e .[bench]`). CHECKOUT is a clone of Megatron-LM; its tag core_v0.15.3 runs
-without a GPU (later ones import triton). Without it that column is left out.
+"""Part of `data.py`: `megallama prepare` against Hugging Face `datasets.map` and Megatron-LM's `preprocess_data.py`.
 
 The corpora are the sources of Python's standard library and the Romance of the Three Kingdoms in Chinese, which
-`make setup` brings, as JSON lines, one document a file or chapter; `--copies` repeats the documents, each copy with
+`make setup` brings, as JSON lines, one document a file or chapter; `copies` repeats the documents, each copy with
 other numbers and long words, so that no program can answer from what it saw. All three tokenize the same file with
 the same tokenizer in one process (Megatron-LM has one more that reads and writes) and write to the disk; the programs
 alternate. What counts is the processor time of the whole process tree less that of the same command on a tiny file
@@ -16,7 +11,6 @@ compared: a difference ends the benchmark.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -27,7 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +153,7 @@ def tokens_of(program: str, output: Path) -> np.ndarray:
     from megallama.data.token_file import TokenFile
 
     file = TokenFile(output / ("train" if program == "megallama" else "out_text_document"))
-    return np.array(file.view(0, file.num_tokens))  # the view does not outlive the file
+    return file.view(0, file.num_tokens)
 
 
 def measure(
@@ -190,51 +184,47 @@ def measure(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--megatron-path", type=Path, default=None)
-    parser.add_argument("--tokenizer", type=Path, default=None, help="a sentencepiece .model")
-    parser.add_argument("--copies", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
+def compare_preparations(
+    *, megatron: Path | None, tokenizer: Path | None, copies: int, rounds: int
+) -> Iterator[str]:
+    """Lines of the report: MB/s of a core of each program, and ours over the better of the others.
+
+    Args:
+        megatron: A clone of Megatron-LM; None leaves it out.
+        tokenizer: A sentencepiece `.model`; None: the one that `make setup` brings.
+        copies: How often the corpora are repeated.
+        rounds: How often each program runs.
+    """
     from tests.materials import MISTRAL
 
-    megatron = options.megatron_path.resolve() if options.megatron_path else None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpora = write_corpora(folder, copies=options.copies)
+        corpora = write_corpora(folder, copies=copies)
         model = folder / "sentencepiece" / "tokenizer.model"  # the name that all programs understand
         model.parent.mkdir()
-        model.write_bytes((options.tokenizer or MISTRAL).read_bytes())
+        model.write_bytes((tokenizer or MISTRAL).read_bytes())
         tokenizers = {
             "sentencepiece": model,
             "tokenizer.json": train_json_tokenizer(corpora, folder / "json"),
         }
-        for kind, tokenizer in tokenizers.items():
+        for kind, file in tokenizers.items():
             for corpus in corpora.values():
-                size = (
-                    sum(len(json.loads(line)["text"].encode()) for line in corpus.open(encoding="utf-8"))
-                    / 1e6
-                )
-                times = measure(corpus, tokenizer, folder, rounds=options.rounds, megatron=megatron)
-                speeds = {
-                    program: (
-                        statistics.median(size / cpu for cpu, _ in found),
-                        statistics.median(size / wall for _, wall in found),
-                    )
-                    for program, found in times.items()
-                }
-                peers = {program: speed[0] for program, speed in speeds.items() if program != "megallama"}
-                best = max(peers, key=peers.__getitem__)
-                shown = ", ".join(f"{p} {cpu:.2f} (clock {wall:.2f})" for p, (cpu, wall) in speeds.items())
-                print(f"{kind}, {corpus.stem}, {size:.1f} MB: MB/s per core: {shown}")
-                print(
-                    f"  ratio to {best}, the better: {speeds['megallama'][0] / peers[best]:.2f}", flush=True
-                )
+                lines = corpus.read_text(encoding="utf-8").splitlines()
+                size = sum(len(json.loads(line)["text"].encode()) for line in lines) / 1e6
+                times = measure(corpus, file, folder, rounds=rounds, megatron=megatron)
+                yield from _report(f"{kind}, {corpus.stem}", size, times)
 
 
-if __name__ == "__main__":
-    main()
+def _report(title: str, size: float, times: dict[str, list[tuple[float, float]]]) -> Iterator[str]:
+    speeds = {
+        program: (
+            statistics.median(size / cpu for cpu, _ in found),
+            statistics.median(size / wall for _, wall in found),
+        )
+        for program, found in times.items()
+    }
+    peers = {program: speed[0] for program, speed in speeds.items() if program != "megallama"}
+    best = max(peers, key=peers.__getitem__)
+    shown = ", ".join(f"{p} {cpu:.2f} (clock {wall:.2f})" for p, (cpu, wall) in speeds.items())
+    yield f"{title}, {size:.1f} MB: MB/s per core: {shown}"
+    yield f"  ratio to {best}, the better: {speeds['megallama'][0] / peers[best]:.2f}"
