@@ -2,15 +2,37 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from megallama.cli import _parser
 from megallama.config.load import load_config
+from megallama.model.hugging_face_names import canonical_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
+TOP_LEVEL = {
+    *("setup.py", "megallama", "conf", "launch", "tests", "docker", "slurm", "docs", "benchmarks", ".ci"),
+    *("README.md", "Makefile", "constraints.txt", "LICENSE", "pyproject.toml", ".gitignore"),
+}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_no_data_is_committed():
+    """`data/` is where the experiments look for the user's own."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout
+    names = {name.partition("/")[0] for name in listed.split("\0") if name}
+    assert names <= TOP_LEVEL and (names or not (ROOT / ".git").exists())
+
+
+def test_the_checkpoint_format_names_every_tensor():
+    text = (ROOT / "docs" / "checkpoint-format.md").read_text(encoding="utf-8")
+    specified = set(re.findall(r"^\| `([\w.]+)` \|", text, flags=re.M))
+    words = ["+exp=llama2_7b", "model.qkv_bias=true", "model.qk_norm=true"]
+    model = load_config(words).model
+    tensors = {re.sub(r"layers\.\d+\.", "layers.N.", name) for name in canonical_tensors(model)}
+    assert len(tensors) == 13 and tensors <= specified
 
 
 def test_architecture_names_every_file_once():

@@ -13,15 +13,18 @@ LAYOUTS = {
     "micro-batch of 4": (1, ["train.micro_batch_size=4"]),
     "recompute full": (1, ["train.recompute=full"]),
     "recompute selective": (1, ["train.recompute=selective"]),
-    "tp2": (2, ["parallel.tp=2"]),
-    "tp2 sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    **{f"tp2 zero{z}": (2, ["parallel.tp=2", f"zero.stage={z}"]) for z in range(4)},
+    **{
+        f"tp2 sp zero{z}": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", f"zero.stage={z}"])
+        for z in range(4)
+    },
     "tp4 with 2 kv heads": (4, ["parallel.tp=4", "model.num_kv_heads=2", "parallel.sequence_parallel=true"]),
-    "pp2": (2, ["parallel.pp=2"]),
+    **{f"pp2 zero{z}": (2, ["parallel.pp=2", f"zero.stage={z}"]) for z in range(3)},
     "pp4": (4, ["parallel.pp=4"]),
     "pp2 recompute full": (2, ["parallel.pp=2", "train.recompute=full"]),
     "dp2 micro-batch of 2": (2, ["train.micro_batch_size=2"]),
     **{f"dp2 zero{z}": (2, [f"zero.stage={z}"]) for z in range(4)},
-    "tp2 pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
+    **{f"tp2 pp2 zero{z}": (4, ["parallel.tp=2", "parallel.pp=2", f"zero.stage={z}"]) for z in range(4)},
     "tp2 sp pp2": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
     **{f"dp2 pp2 zero{z}": (4, ["parallel.pp=2", f"zero.stage={z}"]) for z in range(3)},
     **{f"tp2 dp2 zero{z}": (4, ["parallel.tp=2", f"zero.stage={z}"]) for z in range(4)},
