@@ -31,9 +31,9 @@ from megallama.config.schema import (
 )
 from megallama.engine.schedule import ScheduledChunk, run_schedule
 from megallama.host.launch import read_launch_environment
+from megallama.host.ranks import run_ranks, start_forkserver
 from megallama.model.build import transformer_config
 from megallama.topology.connect import connect
-from tests.ranks import run_ranks, start_forkserver
 
 LAYOUTS = ((2, 1, 8), (4, 1, 8), (4, 1, 16), (2, 2, 8), (2, 4, 8), (4, 2, 8))
 """(pp, vp, micro-batches) of each row."""
