@@ -40,4 +40,4 @@ def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = Tr
 
 def documents_of(options: argparse.Namespace) -> Documents:
     """What a document of a text file is, by these options."""
-    return "separator" if options.separator else options.documents  # type: ignore[no-any-return]
+    return "separator" if options.separator else options.documents
