@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from megallama.commands.parser import Commands, add_corpus_options
+from megallama.commands.parser import Commands, add_corpus_options, documents_of
 
 if TYPE_CHECKING:
-    from megallama.data.prepare import PrepareReport
+    from megallama.data.prepare_report import PrepareReport
 
 
 def add(commands: Commands) -> None:
@@ -20,12 +20,6 @@ def add(commands: Commands) -> None:
         " same command goes on where it was.",
     )
     add_corpus_options(prepare)
-    prepare.add_argument(
-        "--separator",
-        default="",
-        metavar="LINE",
-        help="text files: documents end at lines that are exactly this",
-    )
     prepare.add_argument(
         "--tokenizer", required=True, help="tokenizer.model, tokenizer.json, or their folder"
     )
@@ -64,7 +58,7 @@ def _prepare(options: argparse.Namespace) -> None:
             seed=options.seed,
             workers=options.workers,
             suffixes=options.suffix,
-            documents="separator" if options.separator else options.documents,
+            documents=documents_of(options),
             separator=options.separator,
             text_field=options.text_field,
             shard_tokens=None if options.shard_tokens is None else int(options.shard_tokens),
@@ -77,7 +71,9 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _show(report: PrepareReport) -> None:
     print(f"{report.source_files} files, {report.source_bytes / 1e6:.1f} MB")
-    if report.resumed_bytes:
+    if report.was_complete:
+        print("  an earlier attempt was interrupted at its very end: its files have their names now")
+    elif report.resumed_bytes:
         print(f"  {report.resumed_bytes / 1e6:.1f} MB of them were tokenized before")
     for source in report.sources:
         shares = [f"{script} {share:.0%}" for script, share in source.script_shares.items() if share >= 0.005]

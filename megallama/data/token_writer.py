@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +105,7 @@ class TokenWriter:
         return np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
 
 
-def index_parts(lengths: npt.NDArray[np.int32], dtype: np.dtype[np.integer]) -> Iterator[bytes]:
+def index_parts(lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> Iterator[bytes]:
     """megatron-core's index of documents of these lengths, part after part."""
     ends = np.cumsum(lengths, dtype=np.int64)
     yield INDEX_HEADER.pack(INDEX_MAGIC, 1, _TYPE_CODES[dtype], lengths.size, lengths.size + 1)

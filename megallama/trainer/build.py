@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megallama.checkpoint.agreement import Ranks
 from megallama.checkpoint.facts import model_facts
 from megallama.config.load import to_yaml
 from megallama.config.schema import RunConfig
@@ -85,8 +86,8 @@ def build_trainer(
     """The trainer, resumed from the newest checkpoint that verifies, if there is one."""
     state = start_run(config, topology, engine=engine, loader=loader, folder=folder)
     loader.check_enough()
-    if topology.rank == 0:
-        folder.write_ledger(loader.ledger(state.step))
+    # Every rank learns of a failure, so that none waits for the others.
+    Ranks(topology.host_group).first(lambda: folder.write_ledger(loader.ledger(state.step)))
     train = config.train
     layout = layout_facts(config, topology)
     saver = Saver(
@@ -110,8 +111,8 @@ def build_trainer(
         hooks.append(metered)
     if topology.rank == 0:
         hooks.append(MetricsHook(config, topology, folder=folder, has_wandb_key=environment.has_wandb_key))
-        if config.log.samples:
-            hooks.append(SamplesHook(folder.samples_file, loader.sample_ids))
+    if config.log.samples:
+        hooks += _samples_hooks(topology, folder=folder, loader=loader, completed_steps=state.step)
     hooks.append(GuardHook())
     hooks.append(CheckpointHook(saver, interval=config.checkpoint.interval, last_step=train.steps))
     hooks.append(SignalHook(topology, saver))
@@ -125,6 +126,19 @@ def build_trainer(
         samples_per_step=train.global_batch_size,
         tokens_per_step=train.global_batch_size * train.seq_len,
     )
+
+
+def _samples_hooks(
+    topology: Topology, *, folder: RunFolder, loader: DataLoader, completed_steps: int
+) -> list[Hook]:
+    """One on rank 0; every rank learns of a failure."""
+
+    def opened() -> list[Hook]:
+        if topology.rank > 0:
+            return []
+        return [SamplesHook(folder.samples_file, loader.sample_ids, completed_steps=completed_steps)]
+
+    return Ranks(topology.host_group).everywhere(opened)
 
 
 SAME_REQUEST_S = 2.0

@@ -331,6 +331,13 @@ def test_a_checkpoint_without_a_record_begins_anew_where_the_run_stands(prefix: 
     assert rows(loader, range(7, 9)) == rows(open_one(config_of(prefix)), range(2))
 
 
+def test_what_was_read_ahead_before_a_resume_is_forgotten(prefix: str) -> None:
+    loader = open_one(config_of(prefix))
+    loader.batches(6)  # and step 7 in the background
+    loader.resume(None, step=7, consumed_samples=84)
+    assert rows(loader, range(7, 8)) == rows(open_one(config_of(prefix)), range(1))
+
+
 def test_a_record_of_another_checkpoint_is_refused(prefix: str) -> None:
     loader = open_one(config_of(prefix))
     with pytest.raises(
