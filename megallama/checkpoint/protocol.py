@@ -77,6 +77,8 @@ def read_index(path: Path, manifest: Manifest) -> dict[str, TensorRecord]:
     """
     record = manifest.files[INDEX_FILE]
     raw = read_file(path / INDEX_FILE, limit_bytes=record.size_bytes)
+    if len(raw) != record.size_bytes:
+        raise DamagedError(f"{INDEX_FILE} has {len(raw)} bytes, the manifest says {record.size_bytes}")
     digest = new_digest()
     digest.update(raw)
     if digest.hexdigest() != record.blake2b:

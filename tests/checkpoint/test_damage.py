@@ -184,6 +184,12 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 MANIFEST_LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "larger": (lambda m: m["files"]["rank-00001.bin"].update(bytes=1 << 40), "rank-00001.bin has .* says"),
     "smaller": (lambda m: m["files"]["rank-00001.bin"].update(bytes=64), "rank-00001.bin"),
+    "index larger": (lambda m: m["files"]["index.json"].update(bytes=1 << 40), "index.json has .* says"),
+    "index smaller": (lambda m: m["files"]["index.json"].update(bytes=9), "index.json has .* at most 9"),
+    "index of another": (
+        lambda m: m["files"].update({"index.json": m["files"]["rank-00001.bin"]}),
+        "index.json has",
+    ),
     "negative": (lambda m: m["files"]["rank-00001.bin"].update(bytes=-1), "rank-00001.bin is malformed"),
     "text": (lambda m: m["files"]["rank-00001.bin"].update(bytes="9"), "rank-00001.bin is malformed"),
     "digest": (
@@ -221,6 +227,9 @@ def test_a_manifest_is_not_believed(directory: Path, lie: str) -> None:
         raise DamagedError("only a digest tells")  # loading takes latest_checkpoint's word for the contents
     [problem, *_] = verify_checkpoint(path)
     assert re.search(text, problem), problem
+    lines: list[str] = []
+    assert latest_checkpoint(directory, log=lines.append) == directory / "step-00000001"
+    assert len(lines) == 1, lines
 
 
 def test_a_newer_format_is_not_taken_for_damage(directory: Path) -> None:
