@@ -80,7 +80,7 @@ def train_while_saving(directory: Path, layout: Layout) -> tuple[list[int], int]
     write_all, trained = storage.write_all, threading.Event()
 
     def slow(fd: int, data: memoryview) -> None:
-        assert trained.wait(60)
+        assert trained.wait(1800)
         write_all(fd, data)
 
     setattr(storage, "write_all", slow)  # noqa: B010

@@ -12,9 +12,10 @@ import pytest
 
 from megallama.checkpoint.record import new_digest
 from megallama.host.errors import EXIT_USER_ERROR
-from tests.jobs import metrics
+from tests.jobs import metrics, train
 from tests.launch.conftest import Workplace
-from tests.launch.entry import Outcome, megallama_command, run_command, torchrun, train_command
+from tests.launch.entry import Outcome, megallama_command, run_command, train_command
+from tests.ranks import run_ranks
 
 NEWEST, OLDER = "step-00000004", "step-00000002"
 
@@ -24,8 +25,9 @@ def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workplace with a run of 4 steps on two ranks and its checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("finished") / "work"
     shutil.copytree(prepared, folder)
-    result = torchrun([*Workplace(folder).arguments, "checkpoint.interval=2"], folder=folder)
-    assert result.returncode == 0, result.stdout
+    places = [f"data.sources=[{folder}/data/train]", f"data.tokenizer={folder}/tokenizer"]
+    places.append(f"train.run_dir={folder}/runs/one")
+    run_ranks(2, train, [*Workplace(folder).arguments, *places, "checkpoint.interval=2"])
     return folder
 
 
