@@ -5,7 +5,7 @@
 One process holds a model of linear layers with AdamW: 12 bytes a parameter are saved (fp32 weights and both
 moments), by megallama and by plain torch.distributed.checkpoint (its FileSystemWriter and FileSystemReader as they
 come), and by the floor: the same bytes written with write() and fsync() to one file, and read again. All take turns
-in one run, and files are dropped from the page cache before they are read. megallama computes a BLAKE2b-256 of every
+in one run, and files are dropped from the page cache before they are read. megallama computes a BLAKE3 of every
 byte, and compares it before a resume; the others do not. Put FOLDER on the disk that is of interest.
 """
 

@@ -79,9 +79,9 @@ def read_index(path: Path, manifest: Manifest) -> dict[str, TensorRecord]:
     raw = read_file(path / INDEX_FILE, limit_bytes=record.size_bytes)
     if len(raw) != record.size_bytes:
         raise DamagedError(f"{INDEX_FILE} has {len(raw)} bytes, the manifest says {record.size_bytes}")
-    digest = new_digest()
+    digest = new_digest(record.algorithm)
     digest.update(raw)
-    if digest.hexdigest() != record.blake2b:
+    if digest.hexdigest() != record.digest:
         raise DamagedError(f"{INDEX_FILE} does not match its checksum")
     return decode_index(raw, files=manifest.files)
 
