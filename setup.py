@@ -26,6 +26,7 @@ setup(
         "zstandard>=0.23",
         "tokenizers>=0.21",
         "safetensors>=0.5",
+        "blake3>=1.0",
         "numpy>=1.26",
         "wandb>=0.19",
         "tensorboard>=2.18",

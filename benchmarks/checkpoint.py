@@ -1,12 +1,13 @@
 """What saving and loading cost: the stall of a background save, and throughput against the disk's own.
 
-    python benchmarks/checkpoint.py [--gigabytes 1.2] [--rounds 3] [--folder FOLDER]
+    python benchmarks/checkpoint.py [--gigabytes 1.2] [--rounds 3] [--minutes 4] [--folder FOLDER]
 
 One process holds a model of linear layers with AdamW: 12 bytes a parameter are saved (fp32 weights and both
 moments), by megallama and by plain torch.distributed.checkpoint (its FileSystemWriter and FileSystemReader as they
 come), and by the floor: the same bytes written with write() and fsync() to one file, and read again. All take turns
-in one run, and files are dropped from the page cache before they are read. megallama computes a BLAKE2b-256 of every
-byte, and compares it before a resume; the others do not. Put FOLDER on the disk that is of interest.
+in one run, and files are dropped from the page cache before they are read. megallama computes a BLAKE3 of every
+byte, and compares it before a resume; the others do not. Put FOLDER on the disk that is of interest. Each number is
+printed when it is there; no round begins that would end after --minutes.
 """
 
 from __future__ import annotations
@@ -113,28 +114,33 @@ def spoiled(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: torch.full_like(tensor, torch.nan) for key, tensor in tensors.items()}
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Seconds of a call."""
-    began = time.perf_counter()
+def timed(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a call: by the clock, and of this process on all cores."""
+    began, cpu = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu
+
+
+def both(name: str, function: Callable[[], object]) -> Iterator[tuple[str, float]]:
+    """The two times of a call under their names."""
+    wall, cpu = timed(function)
+    yield name, wall
+    yield f"{name}, CPU", cpu
 
 
 def one_round(work: Work, folder: Path, saver: BackgroundSaver, number: int) -> Iterator[tuple[str, float]]:
-    """(what, seconds) of everything once."""
+    """(what, seconds) of everything once; CPU seconds under the name with ", CPU"."""
     tensors = work.tensors()
     boxes, room = boxes_of(tensors), spoiled(tensors)
     plain, ours, theirs = folder / "plain", folder / "ours", folder / "theirs"
-    yield "write plain", timed(lambda: write_plain(tensors, plain))
-    yield (
+    yield from both("write plain", lambda: write_plain(tensors, plain))
+    yield from both(
         "save megallama",
-        timed(
-            lambda: save_checkpoint(ours, step=number, tensors=boxes, state={}, model={}, keep=0),
-        ),
+        lambda: save_checkpoint(ours, step=number, tensors=boxes, state={}, model={}, keep=0),
     )
-    yield (
+    yield from both(
         "save torch",
-        timed(lambda: dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(theirs, overwrite=True))),
+        lambda: dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(theirs, overwrite=True)),
     )
     path = ours / f"step-{number:08d}"
     for name, source, function in (
@@ -146,10 +152,10 @@ def one_round(work: Work, folder: Path, saver: BackgroundSaver, number: int) -> 
         drop_from_cache(source)
         for tensor in room.values():
             tensor.fill_(torch.nan)
-        yield name, timed(function)
+        yield from both(name, function)
         if name.startswith(("read", "load")):
             assert all(torch.equal(room[key], tensor) for key, tensor in tensors.items()), name
-    yield "resume megallama", timed(lambda: resume(ours, path, room))
+    yield from both("resume megallama", lambda: resume(ours, path, room))
     shutil.rmtree(ours)
     shutil.rmtree(theirs)
     plain.unlink()
@@ -205,7 +211,7 @@ def report(seconds: Mapping[str, list[float]], size_bytes: int) -> None:
     for name, values in seconds.items():
         rate = (
             ""
-            if name.startswith(("step", "stall"))
+            if name.startswith(("step", "stall")) or name.endswith("CPU")
             else f"{size_bytes / 1e9 / statistics.median(values):.2f}"
         )
         shown = ", ".join(f"{value:.3f}" for value in values)
@@ -223,6 +229,10 @@ def report(seconds: Mapping[str, list[float]], size_bytes: int) -> None:
     print(f"  the same of torch:                             {ratio('step beside torch', 'step alone'):.2f}")
     print(f"write throughput / the disk's:                   {ratio('write plain', 'save megallama'):.2f}")
     print(f"  the same of torch:                             {ratio('write plain', 'save torch'):.2f}")
+    print(f"  ours / torch's:                                {ratio('save torch', 'save megallama'):.2f}")
+    print(
+        f"  CPU time of a save, ours / torch's:            {ratio('save megallama, CPU', 'save torch, CPU'):.2f}"
+    )
     print(f"read throughput / the disk's (load):             {ratio('read plain', 'load megallama'):.2f}")
     print(f"  with the checksums (resume):                   {ratio('read plain', 'resume megallama'):.2f}")
     print(f"  the same of torch, which has none:             {ratio('read plain', 'load torch'):.2f}")
@@ -235,23 +245,33 @@ def main() -> None:
     )
     parser.add_argument("--gigabytes", type=float, default=1.2, help="of state (default 1.2)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=2048, help="of a step (default 2048)")
+    parser.add_argument("--minutes", type=float, default=4.0, help="no round begins that would end later (4)")
+    parser.add_argument("--tokens", type=int, default=512, help="of a step (default 512)")
     parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk that is measured")
     options = parser.parse_args()
+    began = time.perf_counter()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     work = Work(gigabytes=options.gigabytes, tokens=options.tokens)
     size_bytes = sum(tensor.nbytes for tensor in work.tensors().values())
-    print(f"{size_bytes / 1e9:.2f} GB of state, {options.rounds} rounds, {torch.get_num_threads()} threads")
+    print(
+        f"{size_bytes / 1e9:.2f} GB of state, up to {options.rounds} rounds, {torch.get_num_threads()} threads"
+    )
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="checkpoint-benchmark-") as name:
         folder = Path(name)
         saver = BackgroundSaver(folder / "background", model={}, keep=0, group=dist.new_group(backend="gloo"))
         saver.reserve(boxes_of(work.tensors()))
-        # The first round pays for imports and first pages, and does not count.
+        # The first round pays for imports and first pages, and does not count unless time allows no other.
         for number in range(options.rounds + 1):
+            passed_s = time.perf_counter() - began
+            if number and passed_s * (number + 1) / number > 60 * options.minutes:
+                print(f"{passed_s:.0f} s: no time for another round", flush=True)
+                break
+            if number == 1:
+                seconds.clear()
             for what, value in one_round(work, folder, saver, number + 1):
-                if number:
-                    seconds[what].append(value)
+                seconds[what].append(value)
+                print(f"  round {number}  {what:28}{value:10.3f} s", flush=True)
     report(seconds, size_bytes)
     dist.destroy_process_group()
 

@@ -109,22 +109,23 @@ def resumes(run_dir: Path) -> list[int]:
 
 
 def train_to_a_signal(arguments: list[str]) -> None:
-    """One rank of a run with a slow disk, asked to stop while the first save is written."""
+    """One rank of a run that is asked to stop before the first byte of its first save is written."""
     from megallama.checkpoint import storage
     from megallama.trainer.saver import Saver
 
-    write_all, save = storage.write_all, Saver.save
+    write_all, save, is_asked = storage.write_all, Saver.save, threading.Event()
 
-    def slow_write(fd: int, data: memoryview) -> None:
-        time.sleep(SAVE_S)
+    def wait_and_write(fd: int, data: memoryview) -> None:
+        is_asked.wait()
         write_all(fd, data)
 
     def save_and_signal(self: Saver, state: Any) -> None:
         save(self, state)
         assert self._background.is_running
         signal.raise_signal(signal.SIGTERM)
+        is_asked.set()
 
-    storage.write_all, Saver.save = slow_write, save_and_signal  # type: ignore[assignment, method-assign]
+    storage.write_all, Saver.save = wait_and_write, save_and_signal  # type: ignore[assignment, method-assign]
     train(arguments)
 
 
@@ -135,6 +136,59 @@ def test_a_signal_within_a_save_completes_it(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == [step_name(3)]
     assert verify_checkpoint(folder / step_name(3)) == []
     assert len(losses(tmp_path / "asked")) == 3
+
+
+def train_to_two_signals(arguments: list[str], said: Path) -> None:
+    """A run whose disk hangs at its second save: asked to stop, and again while that save is waited for."""
+    from megallama.checkpoint import storage
+    from megallama.checkpoint.background import BackgroundSaver
+    from megallama.trainer import build
+    from megallama.trainer.saver import Saver
+
+    build.SAME_REQUEST_S = 0.0
+    write_all, save, wait = storage.write_all, Saver.save, BackgroundSaver.wait
+    hangs, never = threading.Event(), threading.Event()
+
+    def write(fd: int, data: memoryview) -> None:
+        if hangs.is_set():
+            never.wait()
+        write_all(fd, data)
+
+    def save_and_signal(self: Saver, state: Any) -> None:
+        if state.step == 4:
+            self.finish()
+            hangs.set()
+        save(self, state)
+        if state.step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    def wait_and_be_asked_again(self: BackgroundSaver) -> Any:
+        if hangs.is_set() and self.is_running:
+            threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()
+        return wait(self)
+
+    storage.write_all, Saver.save = write, save_and_signal  # type: ignore[assignment, method-assign]
+    BackgroundSaver.wait = wait_and_be_asked_again  # type: ignore[method-assign]
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    train(arguments)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_costs_no_checkpoint(tmp_path: Path) -> None:
+    arguments = overrides(tmp_path, "checkpoint.interval=2", run_name="asked")
+    with pytest.raises(AssertionError, match="exit code 130|without a result"):
+        run_ranks(1, train_to_two_signals, arguments, tmp_path / "said")
+    folder = tmp_path / "asked" / "checkpoints"
+    assert find_checkpoints(folder) == [2] and verify_checkpoint(folder / step_name(2)) == []
+    lines = (tmp_path / "said").read_text(encoding="utf-8").splitlines()
+    ours = [line for line in lines if "asked to stop" in line]
+    assert ours[1:] == [
+        "WARNING: asked to stop again: ended at once, without the last save; older checkpoints are untouched"
+    ]
+    assert not any("Traceback" in line for line in lines), lines
+    run_ranks(1, train, arguments)
+    assert resumes(tmp_path / "asked") == [2] and len(losses(tmp_path / "asked")) == 5
 
 
 @pytest.mark.slow

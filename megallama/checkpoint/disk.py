@@ -144,7 +144,8 @@ def file_problem(path: Path, record: FileRecord) -> str | None:
             size = os.fstat(fd).st_size
             if size != record.size_bytes:
                 return f"{path.name} has {size} bytes, the manifest says {record.size_bytes}"
-            digest, position, block = new_digest(), 0, memoryview(bytearray(min(size, _READ_BYTES)))
+            digest, position = new_digest(record.algorithm), 0
+            block = memoryview(bytearray(min(size, _READ_BYTES)))
             while position < size:
                 part = block[: size - position]
                 read_exactly(fd, part, position=position, name=path.name)
@@ -152,6 +153,6 @@ def file_problem(path: Path, record: FileRecord) -> str | None:
                 position += len(part)
     except DamagedError as error:
         return str(error)
-    if digest.hexdigest() != record.blake2b:
+    if digest.hexdigest() != record.digest:
         return f"{path.name} does not match its checksum"
     return None

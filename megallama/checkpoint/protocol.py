@@ -77,9 +77,11 @@ def read_index(path: Path, manifest: Manifest) -> dict[str, TensorRecord]:
     """
     record = manifest.files[INDEX_FILE]
     raw = read_file(path / INDEX_FILE, limit_bytes=record.size_bytes)
-    digest = new_digest()
+    if len(raw) != record.size_bytes:
+        raise DamagedError(f"{INDEX_FILE} has {len(raw)} bytes, the manifest says {record.size_bytes}")
+    digest = new_digest(record.algorithm)
     digest.update(raw)
-    if digest.hexdigest() != record.blake2b:
+    if digest.hexdigest() != record.digest:
         raise DamagedError(f"{INDEX_FILE} does not match its checksum")
     return decode_index(raw, files=manifest.files)
 

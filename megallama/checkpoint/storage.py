@@ -52,7 +52,7 @@ GATHERED_BYTES = 1024 * 1024
 PART_BYTES = 256 * 1024 * 1024
 """What is worth a data file, and a thread, of its own."""
 MAX_PARTS = 4
-"""Data files that one rank writes at a time: a core digests about 1 GB/s, which is less than a good disk takes."""
+"""Data files that one rank writes at a time: one thread writes less than a good disk takes."""
 _BACKLOG = 2
 """Blocks that may be written before they are digested."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -169,8 +170,7 @@ class SignalHook(StopHook):
         if self._received_s is None:
             self._received_s = now
         elif now - self._received_s > SAME_REQUEST_S:
-            signal.signal(number, self._previous[signal.Signals(number)])
-            signal.raise_signal(number)
+            _end_at_once(number, is_first=self._topology.rank == 0)
 
     def _is_any_rank_asked(self) -> bool:
         asked = torch.tensor(int(self._received_s is not None))
@@ -178,6 +178,15 @@ class SignalHook(StopHook):
         if asked:
             log.warning("asked to stop: saving a checkpoint")
         return bool(asked)
+
+
+def _end_at_once(number: int, *, is_first: bool) -> NoReturn:
+    """End this process as kill -9 would, which no checkpoint minds; an orderly end would wait for a writing thread."""
+    if is_first:
+        text = "WARNING: asked to stop again: ended at once, without the last save; older checkpoints are untouched\n"
+        # Not through `log`: the signal may have come within one of its calls.
+        os.write(2, text.encode())
+    os._exit(128 + number)
 
 
 class LoaderHook(Hook):

@@ -124,5 +124,8 @@ class RunFolder:
 def _write_whole(path: Path, content: bytes) -> None:
     """Write so that a crash leaves the old file or the new one, never half of one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,18 +74,19 @@ def load_on_rank(path: Path, layout: Layout, seed: int = 0) -> tuple[int, dict[s
 
 
 def train_while_saving(directory: Path, layout: Layout) -> tuple[list[int], int]:
-    """Saves steps 1 to 3 with a slow disk: the steps saved, and the all-reduces that ended meanwhile."""
+    """Saves steps 1 to 3 with a disk that waits for 20 all-reduces: the steps saved, the all-reduces meanwhile."""
     dist.init_process_group("gloo")
     saver = BackgroundSaver(directory, model=MODEL, keep=0, group=dist.new_group(backend="gloo"))
-    write_all = storage.write_all
+    write_all, trained = storage.write_all, threading.Event()
 
     def slow(fd: int, data: memoryview) -> None:
-        time.sleep(0.1)
+        assert trained.wait(1800)
         write_all(fd, data)
 
     setattr(storage, "write_all", slow)  # noqa: B010
     steps, sums = [], 0
     for step in (1, 2, 3):
+        trained.clear()
         boxes = boxes_of(layout, dist.get_rank(), seed=step)
         saver.start(step=step, tensors=boxes, state=STATE)
         for _ in range(20):
@@ -96,6 +97,7 @@ def train_while_saving(directory: Path, layout: Layout) -> tuple[list[int], int]
         for tensor in boxes.values():
             for view in tensor.boxes.values():
                 view.zero_()
+        trained.set()
         outcome = saver.wait()
         assert outcome is not None and outcome.problem is None, outcome
         steps.append(outcome.step)

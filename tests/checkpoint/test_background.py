@@ -37,7 +37,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     write_all = storage.write_all
 
     def wait_and_write(fd: int, data: memoryview) -> None:
-        assert event.wait(30)
+        assert event.wait(1800)
         write_all(fd, data)
 
     monkeypatch.setattr(storage, "write_all", wait_and_write)
@@ -65,16 +65,16 @@ def test_what_is_saved_is_the_state_of_the_call(tmp_path: Path, gate: threading.
 
 def test_ranks_talk_of_other_things_meanwhile(tmp_path: Path) -> None:
     layout = Layout(1, 2)
-    results = run_ranks(2, train_while_saving, tmp_path, layout, timeout_s=60)
+    results = run_ranks(2, train_while_saving, tmp_path, layout)
     assert [steps for steps, _ in results] == [[1, 2, 3]] * 2
-    assert all(sums > 0 for _, sums in results), "no all-reduce finished while a save was under way"
+    assert all(sums == 60 for _, sums in results), "every all-reduce ended while a save was under way"
     for step in (1, 2, 3):
         loaded = run_ranks(2, load_on_rank, tmp_path / f"step-{step:08d}", layout, step)
         assert loaded == [(0, STATE)] * 2
 
 
 def test_a_full_disk_is_an_outcome_on_every_rank(tmp_path: Path) -> None:
-    results = run_ranks(2, fill_up_in_background, tmp_path, Layout(1, 2), timeout_s=60)
+    results = run_ranks(2, fill_up_in_background, tmp_path, Layout(1, 2))
     for problems in results:
         assert problems[0] is None and problems[2] is None
         assert "rank-00001.bin (No space left on device; " in str(problems[1])

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_loading_reports_damage_without_a_digest(directory: Path) -> None:
         ):
             attempt()
     with pytest.raises(AssertionError, match="DamagedError: checkpoint .*rank-00001.bin"):
-        run_ranks(2, load_on_rank, path, Layout(2, 1), timeout_s=60)
+        run_ranks(2, load_on_rank, path, Layout(2, 1))
 
 
 def test_an_extra_file_is_named_and_does_no_harm(directory: Path) -> None:
@@ -184,13 +185,19 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 MANIFEST_LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "larger": (lambda m: m["files"]["rank-00001.bin"].update(bytes=1 << 40), "rank-00001.bin has .* says"),
     "smaller": (lambda m: m["files"]["rank-00001.bin"].update(bytes=64), "rank-00001.bin"),
+    "index larger": (lambda m: m["files"]["index.json"].update(bytes=1 << 40), "index.json has .* says"),
+    "index smaller": (lambda m: m["files"]["index.json"].update(bytes=9), "index.json has .* at most 9"),
+    "index of another": (
+        lambda m: m["files"].update({"index.json": m["files"]["rank-00001.bin"]}),
+        "index.json has",
+    ),
     "negative": (lambda m: m["files"]["rank-00001.bin"].update(bytes=-1), "rank-00001.bin is malformed"),
     "text": (lambda m: m["files"]["rank-00001.bin"].update(bytes="9"), "rank-00001.bin is malformed"),
     "digest": (
-        lambda m: m["files"]["rank-00001.bin"].update(blake2b="0" * 64),
+        lambda m: m["files"]["rank-00001.bin"].update(blake3="0" * 64),
         "does not match its checksum",
     ),
-    "short digest": (lambda m: m["files"]["rank-00001.bin"].update(blake2b="0"), "is malformed"),
+    "short digest": (lambda m: m["files"]["rank-00001.bin"].update(blake3="0"), "is malformed"),
     "unlisted": (lambda m: m["files"].pop("rank-00001.bin"), "rank-00001.bin"),
     "no index": (lambda m: m["files"].pop("index.json"), "index.json is not listed"),
     "parent": (
@@ -221,12 +228,55 @@ def test_a_manifest_is_not_believed(directory: Path, lie: str) -> None:
         raise DamagedError("only a digest tells")  # loading takes latest_checkpoint's word for the contents
     [problem, *_] = verify_checkpoint(path)
     assert re.search(text, problem), problem
+    lines: list[str] = []
+    assert latest_checkpoint(directory, log=lines.append) == directory / "step-00000001"
+    assert len(lines) == 1, lines
 
 
 def test_a_newer_format_is_not_taken_for_damage(directory: Path) -> None:
-    rewrite(directory / "step-00000002", lambda m: m.update(version=2))
-    with pytest.raises(UserError, match=r"version 2.*update megallama"):
+    rewrite(directory / "step-00000002", lambda m: m.update(version=3))
+    with pytest.raises(UserError, match=r"version 3.*update megallama"):
         latest_checkpoint(directory, log=lambda _: None)
+
+
+def to_version_1(path: Path) -> None:
+    """The checkpoint as version 1 of the format had it."""
+    body = json.loads((path / "manifest.json").read_bytes())
+    body.pop("checksum")
+    body["version"] = 1
+    body["files"] = {
+        name: {
+            "bytes": entry["bytes"],
+            "blake2b": blake2b((path / name).read_bytes(), digest_size=32).hexdigest(),
+        }
+        for name, entry in body["files"].items()
+    }
+    head = json.dumps(body, indent=1, ensure_ascii=False).removesuffix("\n}").encode() + b",\n "
+    checksum = blake2b(head, digest_size=32).hexdigest()
+    (path / "manifest.json").write_bytes(head + f'"checksum": "{checksum}"\n}}\n'.encode())
+
+
+def test_the_format_of_version_1_is_read_and_verified(directory: Path) -> None:
+    for step in (1, 2):
+        to_version_1(directory / f"step-{step:08d}")
+    lines: list[str] = []
+    path = directory / "step-00000002"
+    assert verify_checkpoint(path) == [] and latest_checkpoint(directory, log=lines.append) == path
+    assert load(path, Layout(1, 1)) == (0, STATE)
+    assert len(list(CheckpointReader(path, verify="first").read_all())) > 0
+    flip_middle_bit(path / "rank-00003.bin")
+    assert verify_checkpoint(path) == ["rank-00003.bin does not match its checksum"]
+    assert latest_checkpoint(directory, log=lines.append) == directory / "step-00000001"
+    verified: set[int] = set()
+    save(directory, Layout(1, 1), 3, keep=2, verified=verified)
+    assert find_checkpoints(directory) == [2, 3] and verified == {3}
+
+
+def test_a_version_says_which_digest_is_meant(directory: Path) -> None:
+    path = directory / "step-00000002"
+    raw = (path / "manifest.json").read_bytes()
+    (path / "manifest.json").write_bytes(raw.replace(b'"version": 2', b'"version": 1'))
+    assert verify_checkpoint(path) == ["manifest.json: checksum does not match the text"]
 
 
 INDEX_LIES: dict[str, tuple[str, str]] = {

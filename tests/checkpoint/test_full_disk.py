@@ -58,6 +58,49 @@ def full_at(number: int, folder: Path) -> Iterator[list[str]]:
             setattr(os, name, function)
 
 
+@contextmanager
+def noted_calls() -> Iterator[list[tuple[str, str]]]:
+    """(call, name of the file or directory) of what is written, synchronised and renamed, in order."""
+    known = {name: getattr(os, name) for name in ("open", "write", "fsync", "replace")}
+    names: dict[int, str] = {}
+    noted: list[tuple[str, str]] = []
+
+    def note(name: str) -> Any:
+        def call(first: Any, *args: Any, **kwargs: Any) -> Any:
+            result = known[name](first, *args, **kwargs)
+            if name == "open":
+                names[result] = Path(first).name
+            elif name == "replace":
+                noted.append((name, Path(first).name))
+            else:
+                noted.append((name, names[first]))
+            return result
+
+        return call
+
+    for name in known:
+        setattr(os, name, note(name))
+    try:
+        yield noted
+    finally:
+        for name, function in known.items():
+            setattr(os, name, function)
+
+
+def test_everything_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WRITE_BYTES", 16 * 1024)
+    with noted_calls() as noted:
+        save_first(tmp_path / "saved")
+    temporary = noted[-2][1]
+    assert temporary.startswith(".tmp-step-00000001-")
+    assert noted[-3:] == [("fsync", temporary), ("replace", temporary), ("fsync", "saved")]
+    files = ["rank-00000.bin", "index.json", "manifest.json"]
+    # Each file is synchronised right after its last byte, before the next one is begun; the manifest is the last.
+    assert [name for call, name in noted[:-3] if call == "fsync"] == files
+    last = {name: index for index, (call, name) in enumerate(noted) if call == "write"}
+    assert all(noted[last[name] + 1] == ("fsync", name) for name in files)
+
+
 def tensors_of(step: int) -> dict[str, BoxedTensor]:
     """Three boxes of 16 KiB."""
     return {

@@ -54,7 +54,7 @@ def test_a_replacement_that_fails_puts_the_old_one_back(
 @pytest.mark.parametrize("full_rank", [0, 1])
 def test_a_disk_that_fills_up_on_one_rank_is_an_error_on_all(tmp_path: Path, full_rank: int) -> None:
     previous = Path(run_ranks(2, save_on_rank, tmp_path, TWO, 1)[0])
-    results = run_ranks(2, full_disk_on_rank, tmp_path, TWO, full_rank, timeout_s=60)
+    results = run_ranks(2, full_disk_on_rank, tmp_path, TWO, full_rank)
     for kind, text in results:
         assert kind == "UserError"
         assert f"rank-{full_rank:05d}.bin (No space left on device; " in text and " bytes needed, " in text
@@ -63,14 +63,14 @@ def test_a_disk_that_fills_up_on_one_rank_is_an_error_on_all(tmp_path: Path, ful
 
 
 def test_a_disk_without_room_for_the_index(tmp_path: Path) -> None:
-    results = run_ranks(2, full_disk_for_index, tmp_path, TWO, timeout_s=60)
+    results = run_ranks(2, full_disk_for_index, tmp_path, TWO)
     assert [kind for kind, _ in results] == ["UserError"] * 2
     assert all("index.json (No space left" in text for _, text in results)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fault_of_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
-    results = run_ranks(2, broken_tensor_on_rank, tmp_path, TWO, timeout_s=60)
+    results = run_ranks(2, broken_tensor_on_rank, tmp_path, TWO)
     assert results == [("CheckpointError", "LocalError: device is gone")] * 2
     assert list(tmp_path.iterdir()) == []
 

@@ -143,7 +143,7 @@ def torchrun(arguments: list[str], *, folder: Path) -> subprocess.CompletedProce
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=1800,  # of a job that hangs, on a machine however slow
         check=False,
     )
 

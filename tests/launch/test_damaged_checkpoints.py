@@ -12,9 +12,10 @@ import pytest
 
 from megallama.checkpoint.record import new_digest
 from megallama.host.errors import EXIT_USER_ERROR
-from tests.jobs import metrics
+from tests.jobs import metrics, train
 from tests.launch.conftest import Workplace
-from tests.launch.entry import Outcome, megallama_command, run_command, torchrun, train_command
+from tests.launch.entry import Outcome, megallama_command, run_command, train_command
+from tests.ranks import run_ranks
 
 NEWEST, OLDER = "step-00000004", "step-00000002"
 
@@ -24,8 +25,9 @@ def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workplace with a run of 4 steps on two ranks and its checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("finished") / "work"
     shutil.copytree(prepared, folder)
-    result = torchrun([*Workplace(folder).arguments, "checkpoint.interval=2"], folder=folder)
-    assert result.returncode == 0, result.stdout
+    places = [f"data.sources=[{folder}/data/train]", f"data.tokenizer={folder}/tokenizer"]
+    places.append(f"train.run_dir={folder}/runs/one")
+    run_ranks(2, train, [*Workplace(folder).arguments, *places, "checkpoint.interval=2"])
     return folder
 
 
@@ -141,6 +143,14 @@ LIES: dict[str, tuple[Callable[[dict[str, object]], object], str]] = {
     "another step": (lambda state: state["progress"].update(step=3), "is of another step"),  # type: ignore[attr-defined]
     "no engine": (lambda state: state.pop("engine"), "engine's state in "),
     "engine of another kind": (lambda state: state.update(engine={"adam_step": "x"}), "engine's state in "),
+    "record of another kind": (
+        lambda state: state.update(data=[1]),
+        "record of consumed data has version None",
+    ),
+    "record without its parts": (
+        lambda state: state.update(data={"version": 1}),
+        "record of consumed data is damaged",
+    ),
     "unknown counter": (lambda state: state["engine"].update(more=1), "engine's state in "),  # type: ignore[attr-defined]
 }
 
@@ -150,6 +160,32 @@ def test_a_state_that_is_none(lie: str, place: Workplace) -> None:
     change, expected = LIES[lie]
     rewrite_state(place.run_dir / "checkpoints" / NEWEST, change)
     assert_one_message(go_on(place), expected)
+
+
+def test_other_files_of_the_run_folder_are_no_obstacle(place: Workplace) -> None:
+    """All of them damaged at once: the checkpoint is all that a resume needs."""
+    folder = place.run_dir
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(lines[0] + b"\xff\x00 garbage {\n" + b"".join(lines[2:]))
+    for name in ("config.yaml", "data.json", "tokenizer/tokenizer.model", "log/rank-00000.log", ".lock"):
+        (folder / name).write_bytes(b"\xff\x00: [")
+    outcome = go_on(place)
+    assert outcome.code == 0 and "Traceback" not in outcome.output, outcome.output
+    assert (
+        f"{folder}/metrics.jsonl: line 2 cannot be read and moved to metrics.jsonl.damaged" in outcome.output
+    )
+    assert [line["progress/step"] for line in metrics(folder)] == [1, 3, 4, 5, 6]
+    traced = run_command(
+        megallama_command, ["data", "trace", "runs/one", "--step=2", "--row=0"], folder=place.folder
+    )
+    assert traced.code == 0 and "row 0" in traced.output, traced.output
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "data.json", "tokenizer/tokenizer.model"])
+def test_a_folder_in_the_place_of_a_file(name: str, place: Workplace) -> None:
+    (place.run_dir / name).unlink()
+    (place.run_dir / name).mkdir()
+    assert_one_message(go_on(place), "cannot be written", "Is a directory")
 
 
 def test_weights_of_another_run(place: Workplace) -> None:
