@@ -1,6 +1,7 @@
 """The layouts that are proved equal to one process: all legal ones up to 8 ranks, and a covering set of them.
 
-`python -m tests.matrix` runs the full matrix in fp64 (`--dtype fp32` likewise), `--covering` the covering set.
+`python -m tests.matrix` runs the full matrix in fp64 (`--dtype fp32` likewise), `--at-least 120` a part of it that has
+every pair of settings, `--covering` the covering set up to 4 ranks.
 """
 
 from __future__ import annotations
@@ -98,6 +99,15 @@ def covering_set(layouts: Sequence[Layout]) -> list[Layout]:
     return sorted((by_name[name] for name in chosen), key=lambda layout: ranks[layout.name])
 
 
+def part_of_matrix(layouts: Sequence[Layout], *, at_least: int) -> list[Layout]:
+    """Every pair of settings that `layouts` have, and others at even distances until there are `at_least`."""
+    chosen = {layout.name for layout in covering_set(layouts)}
+    others = [layout.name for layout in layouts if layout.name not in chosen]
+    missing = min(max(0, at_least - len(chosen)), len(others))
+    chosen |= {others[i * len(others) // missing] for i in range(missing)}
+    return [layout for layout in layouts if layout.name in chosen]
+
+
 def _ranks(layout: Layout) -> int:
     return layout.world_size(layout.apply(base()))
 
@@ -114,11 +124,14 @@ def covering() -> list[Layout]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--covering", action="store_true")
+    parser.add_argument("--at-least", type=int, default=None)
     parser.add_argument("--dtype", choices=["fp64", "fp32", "bf16"], default="fp64")
     parser.add_argument("--max-ranks", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     layouts = covering() if options.covering else full_matrix(options.max_ranks)
+    if options.at_least is not None:
+        layouts = part_of_matrix(layouts, at_least=options.at_least)
     start_forkserver()
     print(f"{len(layouts)} layouts")
     print(header(name="matrix", steps=options.steps, dtype=options.dtype))

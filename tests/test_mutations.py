@@ -7,7 +7,7 @@ import pytest
 from megallama.verify.layouts import parse_layouts
 from megallama.verify.verify import Bench, check_layouts
 from tests.matrix import base
-from tests.mutations.planted import MUTATIONS
+from tests.mutations.planted import MUTATIONS, SHOWS_IN
 
 # Every pair of axes that a bug can need, in as few ranks as that takes; `tests/matrix.py` covers the pairs of all
 # dimensions, this list is the part of it that one mutation after another can be run against.
@@ -61,8 +61,7 @@ def test_bugs_are_many():
 
 @pytest.mark.parametrize("name", sorted(MUTATIONS))
 def test_the_planted_bug_is_noticed(name, benches):
-    layout, plant = MUTATIONS[name]
-    result = benches.verify(BY_NAME[layout], before=plant)
+    result = benches.verify(BY_NAME[SHOWS_IN[name]], before=MUTATIONS[name])
     assert not result.is_equal
     assert "TypeError" not in result.cause and "AttributeError" not in result.cause  # the plant's own mistake
 
@@ -70,7 +69,6 @@ def test_the_planted_bug_is_noticed(name, benches):
 @pytest.mark.parametrize("name", sorted(MUTATIONS))
 def test_no_planted_bug_shows_in_one_process(name, benches):
     """Else it would be none of composition, and a plain unit test would do."""
-    layout, plant = MUTATIONS[name]
-    bench = benches.of(layout)
+    bench = benches.of(SHOWS_IN[name])
     (alone,) = parse_layouts(f"mbs={bench.global_batch_size}")
-    assert bench.verify(alone, before=plant).is_equal
+    assert bench.verify(alone, before=MUTATIONS[name]).is_equal

@@ -44,7 +44,8 @@ FAR = 1e-30
 
 ONE_PROCESS = Layout("one process", 1, ())
 
-RANKS_TIMEOUT_S = 300.0
+RANKS_TIMEOUT_S = 1800.0
+"""For ranks that wait for each other; never reached by those that only share their cores with too many others."""
 
 MOST_SHOWN = 3
 """Broken invariants that are shown."""

@@ -14,13 +14,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-MUTATIONS: dict[str, tuple[str, Callable[[], None]]] = {}
-"""By name: a layout of `tests/test_mutations.py` in which the bug shows, and what patches this process."""
+MUTATIONS: dict[str, Callable[[], None]] = {}
+"""By name; each function patches this process."""
+
+SHOWS_IN: dict[str, str] = {}
+"""By name: a layout of `tests/test_mutations.py` in which the bug shows."""
 
 
 def mutation(layout: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
     def register(function: Callable[[], None]) -> Callable[[], None]:
-        MUTATIONS[function.__name__] = layout, function
+        MUTATIONS[function.__name__] = function
+        SHOWS_IN[function.__name__] = layout
         return function
 
     return register

@@ -12,7 +12,7 @@ from megallama.host.errors import ConfigError, UserError
 from megallama.verify.layouts import change, legal_layouts, parse_layouts, problems_of
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import check_layouts, default_layouts, verify
-from tests.matrix import base, covering_set, full_matrix, pairs_of
+from tests.matrix import base, covering_set, full_matrix, pairs_of, part_of_matrix
 
 
 def test_layouts_are_written_with_short_names_and_dotted_keys():
@@ -78,6 +78,14 @@ def test_a_covering_set_has_every_pair_of_the_matrix():
     chosen = covering_set(layouts)
     assert len(chosen) < len(layouts)
     assert set().union(*map(pairs_of, chosen)) == set().union(*map(pairs_of, layouts))
+
+
+def test_a_part_of_the_matrix_has_every_pair_and_as_many_layouts_as_asked():
+    layouts = full_matrix(max_ranks=4)
+    part = part_of_matrix(layouts, at_least=90)
+    assert len(part) == len({layout.name for layout in part}) == 90
+    assert set().union(*map(pairs_of, part)) == set().union(*map(pairs_of, layouts))
+    assert len(part_of_matrix(layouts, at_least=10**6)) == len(layouts)
 
 
 EXPERIMENTS = sorted(
