@@ -74,7 +74,8 @@ def check_fragments(zero: ZeroEngine, module: torch.nn.Module) -> None:
             low = parameter.ds_tensor.detach().view(-1)[: fragment.numel]
         else:
             low = parameter.detach().view(-1)[fragment.start : fragment.start + fragment.numel]
-        master = fragment.views["fp32"].to(low.dtype)
+        # Offloaded masters lie on the host.
+        master = fragment.views["fp32"].to(low.dtype).to(low.device)
         assert torch.equal(low, master), (
             f"{fragment.param_name}: DeepSpeed's buffers are not laid out as expected"
         )
