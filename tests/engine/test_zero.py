@@ -1,13 +1,16 @@
 """DeepSpeed under megatron-core's schedule: no backward is lost, and its buffers are where we take them to be."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megallama.config.load import load_config
 from megallama.data.build import build_loader
+from megallama.engine import state
 from megallama.engine.build import build_engine
+from megallama.engine.fragment import Fragment
 from megallama.engine.schedule import run_schedule
 from megallama.engine.state import check_fragments
 from megallama.engine.zero import ZeroEngine, deepspeed_config
@@ -151,8 +154,6 @@ def with_a_changed_master(engine, module, loader, topology, config):
 
 
 def with_a_forgotten_fragment(engine, module, loader, topology, config):
-    from megallama.engine import state
-
     plain = state.own_fragments
     state.own_fragments = lambda zero, module: list(plain(zero, module))[1:]
     with pytest.raises(AssertionError, match=r"the fragments cover \d+ of \d+ elements"):
@@ -162,6 +163,18 @@ def with_a_forgotten_fragment(engine, module, loader, topology, config):
 @pytest.mark.parametrize("work", [with_a_changed_master, with_a_forgotten_fragment])
 def test_a_buffer_that_is_laid_out_otherwise_is_refused(work, tmp_path):
     run_ranks(1, with_engine, overrides(tmp_path), work)
+
+
+def test_offloaded_masters_are_compared_on_the_device_of_the_weights(monkeypatch):
+    """As on a GPU: weights there (here on `meta`), masters on the host."""
+    seen = []
+    module = torch.nn.Linear(4, 1, bias=False, device="meta", dtype=torch.bfloat16)
+    fragment = Fragment("weight", 0, 4, {"fp32": torch.zeros(4)}, True)
+    monkeypatch.setattr(state, "own_fragments", lambda zero, module: iter([fragment]))
+    monkeypatch.setattr(torch, "equal", lambda *pair: seen.append([t.device.type for t in pair]) or True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    check_fragments(SimpleNamespace(device=torch.device("cpu"), shard_group=None), module)
+    assert seen == [["meta", "meta"]]
 
 
 def overflow(engine, module, loader, topology, config):
@@ -187,4 +200,6 @@ def test_sums_are_fp32_in_every_precision(stage, dtype, tmp_path):
     assert settings["data_types"]["grad_accum_dtype"] == settings["communication_data_type"] == "fp32"
     assert settings["zero_optimization"]["stage"] == max(1, stage)
     assert settings["gradient_accumulation_steps"] == 1 and not settings["managed_gradient_accumulation"]
+    assert not settings["timers"]["throughput"]["enabled"], "it would wait for the GPU before every forward"
+    assert settings["zero_optimization"]["overlap_comm"] == (stage == 3)
     assert [kind for kind in ("bf16", "fp16") if kind in settings] == ([dtype] if dtype != "fp32" else [])
