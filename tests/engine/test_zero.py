@@ -1,6 +1,7 @@
 """DeepSpeed under megatron-core's schedule: no backward is lost, and its buffers are where we take them to be."""
 
 import math
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from megallama.engine import state
 from megallama.engine.build import build_engine
 from megallama.engine.fragment import Fragment
 from megallama.engine.schedule import run_schedule
-from megallama.engine.state import check_fragments
+from megallama.engine.state import check_fragments, counters, load_counters
 from megallama.engine.zero import ZeroEngine, deepspeed_config
 from megallama.host.launch import read_launch_environment
 from megallama.model.build import build_model
@@ -175,6 +176,18 @@ def test_offloaded_masters_are_compared_on_the_device_of_the_weights(monkeypatch
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
     check_fragments(SimpleNamespace(device=torch.device("cpu"), shard_group=None), module)
     assert seen == [["meta", "meta"]]
+
+
+def test_steps_are_found_where_apex_counts_them():
+    """Its FusedAdam keeps one number a parameter group, and none in the state."""
+    master = torch.zeros(3)
+    apex = SimpleNamespace(state=defaultdict(dict), param_groups=[{}, {}], defaults={})
+    zero = SimpleNamespace(optimizer=SimpleNamespace(optimizer=apex, fp32_partitioned_groups_flat=[master]))
+    assert counters(zero) == {"adam_step": 0} and set(apex.state[master]) == {"exp_avg", "exp_avg_sq"}
+    apex.param_groups[0]["step"] += 5
+    assert counters(zero) == {"adam_step": 5}
+    load_counters(zero, {"adam_step": 9})
+    assert apex.param_groups == [{"step": 9}, {"step": 9}]
 
 
 def overflow(engine, module, loader, topology, config):
