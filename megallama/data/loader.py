@@ -179,7 +179,7 @@ class DataLoader:
         located = [stream.locate(sample) for sample in samples]
         starts = [stream.document_starts(sample) for sample in located]
         length = sum(end - begin for begin, end in self._spans) if self._part.is_reading_tokens else 0
-        # Page-locked, so that the copy to the device is the only one and runs beside the computation.
+        # Page-locked, all of it, so that the copy to the device is the only one and runs beside the computation.
         shape, pinned = (len(samples), length), torch.cuda.is_available()
         tokens_BL = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
         labels_BL = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
@@ -192,8 +192,8 @@ class DataLoader:
         return MicroBatch(
             tokens_BS=tokens_BL,
             labels_BS=labels_BL,
-            loss_mask_BS=self._loss_mask(labels_BL, starts),
-            positions_BS=self._shard(positions(own_starts, seq_len=self._seq_len)),
+            loss_mask_BS=_page_locked(self._loss_mask(labels_BL, starts)),
+            positions_BS=_page_locked(self._shard(positions(own_starts, seq_len=self._seq_len))),
             document_starts=inside,
         )
 
@@ -246,6 +246,10 @@ class DataLoader:
             f"token id {view[wrong]} in {place.file} (document {place.document}, offset {place.offset}) is outside"
             f" model.vocab_size ({vocab_size}): prepare the data with the model's tokenizer"
         )
+
+
+def _page_locked(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def positions(document_starts: Sequence[Sequence[int]], *, seq_len: int) -> torch.Tensor:
