@@ -68,6 +68,7 @@ class ZeroEngine:
         topology: Topology,
     ) -> None:
         self.stage_number = config.zero.stage
+        self._is_loss_scaled = config.precision.dtype == Dtype.fp16
         self._topology = topology
         self.device = topology.device
         self.is_first_replica = topology.dp_cp_group.rank() == 0
@@ -153,7 +154,8 @@ class ZeroEngine:
         for kept in getattr(self.optimizer, "accumulated_grads_in_cpu", {}).values():
             kept.zero_()
         norm = float(self._engine.get_global_grad_norm())
-        skipped = bool(getattr(self.optimizer, "overflow", False))
+        # DeepSpeed's bf16 optimizer skips a step too where a gradient is no number: nothing that a lower scale mends.
+        skipped = self._is_loss_scaled and bool(getattr(self.optimizer, "overflow", False))
         return (math.inf if skipped else norm), skipped
 
     def _start_deepspeed(self) -> None:

@@ -205,6 +205,18 @@ def test_fp16_overflow_keeps_the_weights_and_halves_the_scale(tmp_path):
     assert (result.loss_scale, after) == (scale, scale / 2)
 
 
+def with_an_infinite_weight(engine, module, loader, topology, config):
+    next(module.parameters()).data.fill_(math.inf)
+    return engine.train_step(0, loader.batches(0))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_that_is_no_number_is_a_fault_in_bf16(stage, tmp_path):
+    arguments = overrides(tmp_path, f"zero.stage={stage}", "precision.dtype=bf16")
+    (result,) = run_ranks(1, with_engine, arguments, with_an_infinite_weight)
+    assert not result.is_skipped and not math.isfinite(result.grad_norm)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_sums_are_fp32_in_every_precision(stage, dtype, tmp_path):
