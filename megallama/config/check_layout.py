@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megallama.config.schema import AttentionKernel, ContextKind, Dtype, Recompute, RunConfig
+from megallama.config.schema import AdamKernel, AttentionKernel, ContextKind, Dtype, Recompute, RunConfig
 from megallama.grid import (
     Grid,
     micro_batch_group_size,
@@ -141,6 +141,11 @@ def check_offload(config: RunConfig) -> Iterator[str]:
         yield (
             f"zero.offload (true) needs zero.stage ({zero.stage}) 1 or 2: stage 0 shards nothing, so every rank of a"
             " host would hold all of the state; stage 3 is not proved with it"
+        )
+    if zero.offload and config.kernels.adam is AdamKernel.apex:
+        yield (
+            "kernels.adam (apex) updates on the GPU, and zero.offload (true) keeps the optimizer state in host memory:"
+            " use kernels.adam=auto"
         )
 
 
