@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megallama.kernels import attention_context, fused
 from megallama.kernels.attention_context import WholeKeysAttention
 from megallama.kernels.fused import CpuFlash, CudaEfficient, CudaFlash, Reference, choose_kernel
-from megallama.kernels.segments import Block
+from megallama.kernels.segments import Block, plan_whole_keys
 from tests.kernels.attention_on_ranks import worst_error
 
 
@@ -76,6 +76,17 @@ def test_queries_that_are_none_have_an_infinite_sum(monkeypatch):
     (padded,) = taken
     assert padded.shape == (1, 2, 64) and padded.is_contiguous()
     assert torch.equal(padded[..., :40], lse) and bool(padded[..., 40:].isposinf().all())
+
+
+def test_a_plan_goes_to_the_gpu_without_waiting_for_it(monkeypatch):
+    """A plan is made for every micro-batch, while the GPU is still at the one before."""
+    sent, device = [], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: sent.append("locked") or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, device, non_blocking=False: sent.append(non_blocking) or tensor
+    )
+    plan_whole_keys.__wrapped__(Block(((0, 3, 40),), 1, 48, 1, 0, True, device))
+    assert sent == ["locked", True] * 4
 
 
 def test_the_cpu_has_its_kernel():
