@@ -42,13 +42,15 @@ def connect(
     if has_cuda:
         torch.cuda.set_device(device)
     store = dist.PrefixStore(f"megallama/{job_index}", _rendezvous(environment))
+    # No `device_id`: with it every group has one communicator from the start, and sends in both directions of an
+    # interleaved pipeline, which megatron-core overlaps, would wait in one queue for each other. It would also cost a
+    # split over all ranks for every group that megatron-core makes, and these are more than ranks.
     dist.init_process_group(
         "nccl" if has_cuda else "gloo",
         store=store,
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=TIMEOUT,
-        device_id=device if has_cuda else None,
     )
     has_failed = True
     try:
