@@ -141,6 +141,10 @@ RULES: list[tuple[list[str], str]] = [
     (["zero.stage=3", "zero.offload=true"], "zero.offload (true) needs zero.stage (3) 1 or 2"),
     (["zero.stage=0", "zero.offload=true"], "zero.offload (true) needs zero.stage (0) 1 or 2"),
     (
+        ["zero.stage=3", "kernels.adam=apex"],
+        "kernels.adam (apex) counts steps by parameter group, and zero.stage (3)",
+    ),
+    (
         ["zero.offload=true", "kernels.adam=apex"],
         "kernels.adam (apex) updates on the GPU, and zero.offload (true)",
     ),
