@@ -24,8 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 600.0
 
 FLOOR = """
-import torch, deepspeed
+import os, torch, deepspeed
 import megatron.core.pipeline_parallel.schedules, megatron.core.models.gpt.gpt_model
+if torch.cuda.is_available():
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()

@@ -21,7 +21,7 @@ import hydra
 from megallama.config.load import ROOT, expand_sweep, hydra_words, load_config
 from megallama.config.schema import RunConfig
 from megallama.host.errors import EXIT_USER_ERROR, UserError
-from megallama.host.launch import LaunchEnvironment, read_launch_environment
+from megallama.host.launch import LaunchEnvironment, read_launch_environment, tell_libraries
 from megallama.host.log import quiet_libraries
 from megallama.preflight import check_run
 
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         configs = load_jobs(options)
         for config in configs:
             check_run(config, world_size=environment.world_size)
+        tell_libraries(environment, is_in_launch_order=any(config.parallel.tp > 1 for config in configs))
         # Only now: this import takes seconds, and a mistake in the command line should not.
         from megallama.train import run
 

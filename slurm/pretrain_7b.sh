@@ -13,6 +13,8 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+# An exclusive node gives all its cores, and only as much memory as was asked for: 0 asks for all of it.
+#SBATCH --mem=0
 #SBATCH --output=%x-%j.log
 # After the failure of a node Slurm starts the job again, and the run resumes from its last checkpoint.
 #SBATCH --requeue

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from megallama.checkpoint.boxes import BoxedTensor, Ints
 from megallama.checkpoint.record import ALIGNMENT_BYTES
 from megallama.host.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Staging:
@@ -20,6 +24,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._unlock: Callable[[], object] = lambda: None
 
     @property
     def size_bytes(self) -> int:
@@ -36,16 +41,18 @@ class Staging:
         needed = sum(_padded(view.nbytes) for view in views)
         if needed <= self.size_bytes:
             return
-        is_pinned = any(view.is_cuda for view in views)
         try:
+            self._unlock()
             self._memory = torch.empty(0, dtype=torch.uint8)
             # Zeroed, not only allocated: the first save should not be the one that waits for the pages.
-            self._memory = torch.zeros(needed, dtype=torch.uint8, pin_memory=is_pinned)
+            self._memory = torch.zeros(needed, dtype=torch.uint8)
         except RuntimeError as error:
             raise UserError(
                 f"host memory for background saves ({needed} bytes on this rank) is not there: set"
                 " checkpoint.async_save=false, or let more ranks share the optimizer state"
             ) from error
+        if any(_is_on_gpu(view) for view in views):
+            self._unlock = _page_lock(self._memory, owner=self)
 
     def copy(self, tensors: Mapping[str, BoxedTensor]) -> dict[str, BoxedTensor]:
         """What this rank writes of `tensors`, copied; valid until the next call. On return the source may change."""
@@ -56,7 +63,7 @@ class Staging:
             place = self._memory[position : position + view.nbytes].view(view.dtype).view(view.shape)
             place.copy_(view.detach(), non_blocking=True)
             position += _padded(view.nbytes)
-            has_cuda |= view.is_cuda
+            has_cuda |= _is_on_gpu(view)
             copy = staged.setdefault(
                 tensor.key, BoxedTensor(tensor.key, tensor.global_shape, tensor.dtype, True, {})
             )
@@ -71,6 +78,27 @@ def _written(tensors: Mapping[str, BoxedTensor]) -> Iterator[tuple[BoxedTensor, 
     for _, tensor in sorted(tensors.items()):
         if tensor.is_owner:
             yield from ((tensor, offset, view) for offset, view in tensor.boxes.items())
+
+
+def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _page_lock(memory: torch.Tensor, *, owner: object) -> Callable[[], object]:
+    """Lock the pages of `memory`, so that a GPU copies to it at full speed; what undoes it, also when `owner` goes.
+
+    Memory that torch itself locks (`pin_memory`) is rounded up to a power of two, up to twice what is needed.
+    """
+    runtime = torch.cuda.cudart()
+    error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if error != runtime.cudaError.success:
+        log.warning(
+            "memory for background saves cannot be page-locked (%s): saves stall training longer", error
+        )
+        return lambda: None
+    undo = weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
+    undo.atexit = False
+    return undo
 
 
 def _padded(size_bytes: int) -> int:

@@ -27,6 +27,7 @@ VALUE_RULES: tuple[Rule, ...] = (
     check_layout.check_combinations,
     check_layout.check_recompute,
     check_layout.check_offload,
+    check_layout.check_apex,
     check_files.check_data_schedule,
     check_layout.check_accumulation,
     check_layout.check_transformer_engine,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megallama.config.schema import AttentionKernel, ContextKind, Dtype, Recompute, RunConfig
+from megallama.config.schema import AdamKernel, AttentionKernel, ContextKind, Dtype, Recompute, RunConfig
 from megallama.grid import (
     Grid,
     micro_batch_group_size,
@@ -141,6 +141,23 @@ def check_offload(config: RunConfig) -> Iterator[str]:
         yield (
             f"zero.offload (true) needs zero.stage ({zero.stage}) 1 or 2: stage 0 shards nothing, so every rank of a"
             " host would hold all of the state; stage 3 is not proved with it"
+        )
+
+
+def check_apex(config: RunConfig) -> Iterator[str]:
+    """NVIDIA apex's AdamW updates on the GPU, a whole parameter group at a time."""
+    zero = config.zero
+    if config.kernels.adam is not AdamKernel.apex:
+        return
+    if zero.stage == 3:
+        yield (
+            "kernels.adam (apex) counts steps by parameter group, and zero.stage (3) updates a group in several parts,"
+            " each of which would count: use kernels.adam=auto"
+        )
+    if zero.offload:
+        yield (
+            "kernels.adam (apex) updates on the GPU, and zero.offload (true) keeps the optimizer state in host memory:"
+            " use kernels.adam=auto"
         )
 
 

@@ -72,7 +72,7 @@ class DataLoader:
         self._part = part
         self._seq_len = config.train.seq_len
         self._spans = spans(self._seq_len, cp_size=config.parallel.cp, cp_rank=part.cp_rank)
-        self._plain_positions = self._shard(positions(((0,),), seq_len=self._seq_len))
+        self._plain_positions = _page_locked(self._shard(positions(((0,),), seq_len=self._seq_len)))
         self._train = self._continued(History(), step=0)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
@@ -197,7 +197,7 @@ class DataLoader:
         located = [stream.locate(sample) for sample in samples]
         starts = [stream.document_starts(sample) for sample in located]
         length = sum(end - begin for begin, end in self._spans) if self._part.is_reading_tokens else 0
-        # Page-locked, so that the copy to the device is the only one and runs beside the computation.
+        # Page-locked, all of it, so that the copy to the device is the only one and runs beside the computation.
         shape, pinned = (len(samples), length), torch.cuda.is_available()
         tokens_BL = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
         labels_BL = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
@@ -209,7 +209,7 @@ class DataLoader:
         return MicroBatch(
             tokens_BS=tokens_BL,
             labels_BS=labels_BL,
-            loss_mask_BS=self._loss_mask(labels_BL, starts),
+            loss_mask_BS=_page_locked(self._loss_mask(labels_BL, starts)),
             positions_BS=self._positions(inside),
             document_starts=inside,
         )
@@ -218,7 +218,7 @@ class DataLoader:
         # Rotary positions matter by their differences only, so rows that differ need not cost memory.
         if not self._config.data.reset_positions:
             return self._plain_positions
-        return self._shard(positions(document_starts, seq_len=self._seq_len))
+        return _page_locked(self._shard(positions(document_starts, seq_len=self._seq_len)))
 
     def _shard(self, x_BS: torch.Tensor) -> torch.Tensor:
         """What this context-parallel rank holds of a tensor over whole sequences."""
@@ -271,6 +271,10 @@ class DataLoader:
             f"token id {view[wrong]} in {place.file} (document {place.document}, offset {place.offset}) is outside"
             f" model.vocab_size ({vocab_size}): prepare the data with the model's tokenizer"
         )
+
+
+def _page_locked(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def positions(document_starts: Sequence[Sequence[int]], *, seq_len: int) -> torch.Tensor:

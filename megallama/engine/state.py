@@ -22,11 +22,16 @@ STATES = ("fp32", "exp_avg", "exp_avg_sq")
 def prepare_state(zero: ZeroEngine) -> None:
     """Create the Adam state where no step has yet: a fresh optimizer has none."""
     adam = zero.optimizer.optimizer
+    if _counts_by_group(adam):
+        for group in adam.param_groups:
+            group.setdefault("step", 0)
     for flat in _masters(zero.optimizer):
         state = adam.state[flat]
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
+            if _counts_by_group(adam):
+                continue
             on_device = bool(adam.defaults.get("fused") or adam.defaults.get("capturable"))
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
 
@@ -74,7 +79,8 @@ def check_fragments(zero: ZeroEngine, module: torch.nn.Module) -> None:
             low = parameter.ds_tensor.detach().view(-1)[: fragment.numel]
         else:
             low = parameter.detach().view(-1)[fragment.start : fragment.start + fragment.numel]
-        master = fragment.views["fp32"].to(low.dtype)
+        # Offloaded masters lie on the host.
+        master = fragment.views["fp32"].to(low.dtype).to(low.device)
         assert torch.equal(low, master), (
             f"{fragment.param_name}: DeepSpeed's buffers are not laid out as expected"
         )
@@ -101,7 +107,9 @@ def counters(zero: ZeroEngine) -> dict[str, float | int]:
     """Adam's step count and the dynamic loss scale."""
     prepare_state(zero)
     optimizer = zero.optimizer
-    step = optimizer.optimizer.state[_masters(optimizer)[0]]["step"]
+    adam = optimizer.optimizer
+    counted = adam.param_groups[0] if _counts_by_group(adam) else adam.state[_masters(optimizer)[0]]
+    step = counted["step"]
     numbers: dict[str, float | int] = {"adam_step": int(step)}
     scaler = getattr(optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "cur_iter"):
@@ -117,10 +125,11 @@ def load_counters(zero: ZeroEngine, numbers: dict[str, float | int]) -> None:
     """Inverse of `counters`."""
     prepare_state(zero)
     optimizer = zero.optimizer
-    for flat in _masters(optimizer):
-        state = optimizer.optimizer.state[flat]
-        step = state["step"]
-        state["step"] = (
+    adam = optimizer.optimizer
+    by_master = [adam.state[flat] for flat in _masters(optimizer)]
+    for counted in adam.param_groups if _counts_by_group(adam) else by_master:
+        step = counted["step"]
+        counted["step"] = (
             torch.full_like(step, numbers["adam_step"])
             if torch.is_tensor(step)
             else int(numbers["adam_step"])
@@ -140,6 +149,11 @@ def _groups(optimizer: Any) -> Iterator[tuple[list[torch.nn.Parameter], torch.Te
     else:  # BF16_Optimizer: bf16 parameters with fp32 accumulation under stages 0 and 1
         masters = optimizer.fp32_groups_flat_partition
         yield from zip(optimizer.bf16_groups, optimizer.bf16_groups_flat, masters, strict=True)
+
+
+def _counts_by_group(adam: Any) -> bool:
+    """NVIDIA apex counts the steps, which correct the bias, in the parameter groups; torch for each parameter."""
+    return not isinstance(adam, torch.optim.AdamW)
 
 
 def _masters(optimizer: Any) -> list[torch.Tensor]:

@@ -68,6 +68,7 @@ class ZeroEngine:
         topology: Topology,
     ) -> None:
         self.stage_number = config.zero.stage
+        self._is_loss_scaled = config.precision.dtype == Dtype.fp16
         self._topology = topology
         self.device = topology.device
         self.is_first_replica = topology.dp_cp_group.rank() == 0
@@ -153,7 +154,8 @@ class ZeroEngine:
         for kept in getattr(self.optimizer, "accumulated_grads_in_cpu", {}).values():
             kept.zero_()
         norm = float(self._engine.get_global_grad_norm())
-        skipped = bool(getattr(self.optimizer, "overflow", False))
+        # DeepSpeed's bf16 optimizer skips a step too where a gradient is no number: nothing that a lower scale mends.
+        skipped = self._is_loss_scaled and bool(getattr(self.optimizer, "overflow", False))
         return (math.inf if skipped else norm), skipped
 
     def _start_deepspeed(self) -> None:
@@ -287,10 +289,13 @@ def deepspeed_config(config: RunConfig, *, shard_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "train_batch_size": config.train.micro_batch_size * shard_size,
         "managed_gradient_accumulation": False,
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True},
+        # Stage 3 gathers and reduces beside the computation, on streams of its own where the device has streams.
+        "zero_optimization": {"stage": stage, "overlap_comm": stage == 3, "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.optim.clip,
         "steps_per_print": 10**12,
+        # Its timer, which nobody reads, waits for the device before every forward.
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.precision.dtype != Dtype.fp64:
         # Absent, both mean the format of the parameters, which is fp64 then (see host/double.py).

@@ -113,6 +113,13 @@ def _refuse_other_launchers(env: Mapping[str, str]) -> None:
             )
 
 
-def tell_libraries(environment: LaunchEnvironment) -> None:
-    """Set LOCAL_RANK where no launcher did: DeepSpeed refuses to start without it, also for one process."""
+def tell_libraries(environment: LaunchEnvironment, *, is_in_launch_order: bool = False) -> None:
+    """Set the variables that libraries read and no launcher has set; before CUDA is used first.
+
+    LOCAL_RANK: DeepSpeed refuses to start without it, also for one process. With `is_in_launch_order` the GPU starts
+    kernels in the order in which they were launched: megatron-core launches the communication of tensor parallel
+    first and counts on it running beside the product that follows.
+    """
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
+    if is_in_launch_order:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

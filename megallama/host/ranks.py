@@ -29,7 +29,9 @@ class RankFailedError(RuntimeError):
 def start_forkserver(preload: Sequence[str] = PRELOAD) -> None:
     """Say what the server imports; one compute thread a rank, since many ranks share the cores. Before any rank."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # On the CPU also where there are GPUs: these may be fewer than the ranks.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DS_ACCELERATOR"] = "cpu"
     # Of optional packages that are absent, and of names that torch will rename: in every rank.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
     _context.set_forkserver_preload(list(preload))

@@ -187,7 +187,10 @@ class CudaFlash:
 
 
 class CudaEfficient:
-    """Memory-efficient attention on CUDA, for fp32. Grouped heads are expanded; lse comes padded to 32 queries."""
+    """Memory-efficient attention on CUDA, where flash cannot run: fp32, older devices, wide heads.
+
+    Grouped heads are expanded; the log-sum-exp comes padded to 32 queries.
+    """
 
     is_varlen = False
 
@@ -225,7 +228,8 @@ class CudaEfficient:
         heads, width = q_BNSD.size(1), q_BNSD.size(-1)
         grad, q, out = (_pad_width(t, 8) for t in (grad_BNSD, q_BNSD, out_BNSD))
         k, v = (_pad_width(_expand(t, heads), 8) for t in (k_BKTD, v_BKTD))
-        lse = F.pad(lse_BNS, (0, -q.size(2) % 32)).contiguous()
+        # Infinite, as the forward pads it: the backward tells queries that are none by it, without a bound check.
+        lse = F.pad(lse_BNS, (0, -q.size(2) % 32), value=math.inf).contiguous()
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
             *(grad, q, k, v, None, out, lse, *saved, 0.0, [True, True, True, False], is_causal), scale=scale
         )
@@ -287,9 +291,15 @@ def choose_kernel(backend: str, like: torch.Tensor) -> Kernel:
         return Reference()
     if like.device.type == "cpu":
         return CpuFlash()
-    if like.device.type == "cuda":
-        return CudaFlash() if like.dtype in (torch.float16, torch.bfloat16) else CudaEfficient()
-    return Reference()
+    if like.device.type != "cuda" or like.dtype == torch.float64:
+        return Reference()
+    # Flash attention wants Ampere (A100) or newer, half precision, and heads of at most 256.
+    is_flash = (
+        like.dtype in (torch.float16, torch.bfloat16)
+        and like.size(-1) <= 256
+        and torch.cuda.get_device_capability(like.device) >= (8, 0)
+    )
+    return CudaFlash() if is_flash else CudaEfficient()
 
 
 def _scores(q_BNSD: torch.Tensor, k_BKTD: torch.Tensor, *, is_causal: bool, scale: float) -> torch.Tensor:

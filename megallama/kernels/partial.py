@@ -82,11 +82,14 @@ def run_forward(
     out_UND, lse_UN = partial.out_SBND.flatten(0, 1), partial.lse_SBN.flatten(0, 1)
     for pack in plan.packs:
         out, lse, kept = _pack_forward(pack, q_SBND, k_TBKD, v_TBKD, kernel=kernel, scale=scale)
+        saved.append(kept)
         index = pack.q_index
+        if plan.is_disjoint:
+            out_UND[index], lse_UN[index] = out, lse.to(lse_UN.dtype)
+            continue
         out_old, lse_old = out_UND[index], lse_UN[index]
         partial.add(out_old, lse_old, out, lse)
         out_UND[index], lse_UN[index] = out_old, lse_old
-        saved.append(kept)
     return saved
 
 
@@ -123,7 +126,9 @@ def run_backward(
         more = _pack_backward(pack, *flat, kept=kept, kernel=kernel, scale=scale)
         indices = (pack.q_index, pack.k_index, pack.k_index)
         for total, index, part in zip(totals, indices, more, strict=True):
-            total.index_add_(0, index, part.to(total.dtype))
+            part = part.to(total.dtype)
+            # A sum over indices is slow on CUDA, where it adds element by element, atomically.
+            total.index_copy_(0, index, part) if plan.is_disjoint else total.index_add_(0, index, part)
 
 
 def _pack_forward(

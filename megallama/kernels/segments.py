@@ -206,10 +206,17 @@ def _pack(block: Block, short: Sequence[Segment]) -> Pack:
         slots.append(torch.arange(size) + number * length)
         offsets.append(offsets[-1] + size)
     return Pack(
-        q_index=torch.cat(q_index).to(block.device),
-        k_index=torch.cat(k_index).to(block.device),
-        slots=torch.cat(slots).to(block.device),
+        q_index=to_device(torch.cat(q_index), block.device),
+        k_index=to_device(torch.cat(k_index), block.device),
+        slots=to_device(torch.cat(slots), block.device),
         count=len(squares),
         length=length,
-        offsets=torch.tensor(offsets, dtype=torch.int32, device=block.device),
+        offsets=to_device(torch.tensor(offsets, dtype=torch.int32), block.device),
     )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`; to a GPU from page-locked memory, which does not wait for what the GPU has still to do."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

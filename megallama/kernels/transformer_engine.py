@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.host.errors import UserError
-from megallama.kernels.segments import DocumentStarts
+from megallama.kernels.segments import DocumentStarts, to_device
 
 
 def why_not_transformer_engine() -> str | None:
@@ -103,4 +103,4 @@ def document_offsets(
     begins = [row * seq_len + start for row, starts in enumerate(rows) for start in starts]
     offsets = [*begins, batch * seq_len]
     longest = max(end - begin for begin, end in zip(offsets, offsets[1:], strict=False))
-    return torch.tensor(offsets, dtype=torch.int32, device=device), longest
+    return to_device(torch.tensor(offsets, dtype=torch.int32), device), longest

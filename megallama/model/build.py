@@ -182,9 +182,10 @@ def _pipeline(config: RunConfig) -> dict[str, object]:
         # garbage activations and no error (megatron-core 0.16.1).
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
-        # megatron-core frees an output while an overlapped send is under way. NCCL has read the memory by then
-        # in stream order; gloo has not, and sends what came to lie there.
-        deallocate_pipeline_outputs=not is_interleaved or torch.cuda.is_available(),
+        # megatron-core frees an output while an overlapped send is under way, by exchanging the memory of the tensor:
+        # gloo then sends what came to lie there, and so may NCCL, which reads on a stream of its own and keeps the
+        # tensor from being freed, not its memory. The other schedule waits for its sends first.
+        deallocate_pipeline_outputs=not is_interleaved,
     )
 
 

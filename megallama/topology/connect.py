@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megallama.config.schema import ParallelConfig
 from megallama.grid import Grid
 from megallama.host.cpu import install_cpu_stand_ins
+from megallama.host.errors import UserError
 from megallama.host.launch import LaunchEnvironment, tell_libraries
 from megallama.topology.groups import Topology
 
@@ -28,36 +29,61 @@ def connect(
         parallel: Sizes of the axes.
         environment: Rank, world size and rendezvous address, as torchrun sets them.
         job_index: Number of the job in this process (multirun); keeps the rendezvous of two jobs apart.
+
+    Raises:
+        UserError: more ranks on this node than GPUs.
     """
     from megatron.core import parallel_state
 
     install_cpu_stand_ins()
     tell_libraries(environment)
-    has_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", environment.local_rank) if has_cuda else torch.device("cpu")
+    device = _device(environment)
+    has_cuda = device.type == "cuda"
     if has_cuda:
         torch.cuda.set_device(device)
     store = dist.PrefixStore(f"megallama/{job_index}", _rendezvous(environment))
+    # No `device_id`: with it every group has one communicator from the start, and sends in both directions of an
+    # interleaved pipeline, which megatron-core overlaps, would wait in one queue for each other. It would also cost a
+    # split over all ranks for every group that megatron-core makes, and these are more than ranks.
     dist.init_process_group(
         "nccl" if has_cuda else "gloo",
         store=store,
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=TIMEOUT,
-        device_id=device if has_cuda else None,
     )
+    has_failed = True
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
             pipeline_model_parallel_size=parallel.pp,
             virtual_pipeline_model_parallel_size=parallel.vp if parallel.vp > 1 else None,
             context_parallel_size=parallel.cp,
+            # Nobody uses those; what needs host memory has groups of its own below.
+            create_gloo_process_groups=False,
         )
         grid = Grid.from_world_size(environment.world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp)
         yield _topology(grid, environment.rank, device)
+        has_failed = False
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        # NCCL would first wait for collectives that are under way, which the other ranks may never join: after an
+        # error nobody would hear of it for as long as TIMEOUT. The end of the process aborts them.
+        if not (has_failed and has_cuda):
+            dist.destroy_process_group()
+
+
+def _device(environment: LaunchEnvironment) -> torch.device:
+    """This rank's GPU; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    ranks, gpus = environment.local_world_size, torch.cuda.device_count()
+    if ranks > gpus:
+        raise UserError(
+            f"{ranks} ranks on this node with {gpus} visible GPUs: every rank needs its own, so start at most {gpus}"
+            f" (torchrun --nproc-per-node {gpus}), or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+        )
+    return torch.device("cuda", environment.local_rank)
 
 
 def _rendezvous(environment: LaunchEnvironment) -> dist.Store:

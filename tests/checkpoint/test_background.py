@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,34 @@ def test_the_copy_takes_this_ranks_part_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "zeros", lack)
     with pytest.raises(UserError, match=rf"\({padded} bytes on this rank\).*checkpoint.async_save=false"):
         Staging().reserve(boxes)
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_memory_for_a_gpu_is_locked_in_its_size_and_let_go(
+    monkeypatch: pytest.MonkeyPatch, is_refused: bool
+) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def register(address: int, size: int, flags: int) -> int:
+        calls.append(("lock", size))
+        return int(is_refused)
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=register,
+        cudaHostUnregister=lambda address: calls.append(("unlock", address)),
+        cudaError=SimpleNamespace(success=0),
+    )
+    waited: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("stream"))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr("megallama.checkpoint.staging._is_on_gpu", lambda tensor: True)
+    staging = Staging()
+    staging.copy(boxes_of(Layout(1, 2, False), 0))
+    size, address = staging.size_bytes, staging._memory.data_ptr()
+    assert calls == [("lock", size)] and waited == ["stream"]
+    del staging
+    assert calls[1:] == ([] if is_refused else [("unlock", address)])
 
 
 def test_the_process_grows_by_one_copy_and_no_more(tmp_path: Path) -> None:

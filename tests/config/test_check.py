@@ -140,6 +140,14 @@ RULES: list[tuple[list[str], str]] = [
     (["zero.stage=4"], "zero.stage (4) must be 0, 1, 2 or 3"),
     (["zero.stage=3", "zero.offload=true"], "zero.offload (true) needs zero.stage (3) 1 or 2"),
     (["zero.stage=0", "zero.offload=true"], "zero.offload (true) needs zero.stage (0) 1 or 2"),
+    (
+        ["zero.stage=3", "kernels.adam=apex"],
+        "kernels.adam (apex) counts steps by parameter group, and zero.stage (3)",
+    ),
+    (
+        ["zero.offload=true", "kernels.adam=apex"],
+        "kernels.adam (apex) updates on the GPU, and zero.offload (true)",
+    ),
     (["zero.accumulate_micro_batches=2"], "zero.accumulate_micro_batches (2) needs zero.stage=2 (it is 1)"),
     (["zero.stage=3", "zero.accumulate_micro_batches=2"], "stage 3 holds no room for whole gradients"),
     (

@@ -111,6 +111,32 @@ def test_a_micro_batch_has_tokens_labels_and_mask(prefix: str) -> None:
     loader.close()
 
 
+def test_all_that_goes_to_a_gpu_is_page_locked(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[tuple[torch.Size, torch.dtype]] = []
+    empty = torch.empty
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        locked.append((tensor.shape, tensor.dtype))
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *a, pin_memory=False, **k: pin(empty(*a, **k)) if pin_memory else empty(*a, **k),
+    )
+    loader = loader_of(prefix, micro=1)
+    loader._read(loader._train, loader._train.samples(0))
+    shape = torch.Size([12, 10])
+    positions = torch.Size([1, 10])
+    assert locked == [
+        *[(shape, torch.int64)] * 2,
+        (shape, torch.float32),
+        (positions, torch.int64),
+    ]
+
+
 def test_documents_and_positions_come_with_the_tokens(prefix: str) -> None:
     (plain,) = loader_of(prefix, seq_len=32, global_batch_size=3).batches(0)
     config = config_of(prefix, seq_len=32, global_batch_size=3)

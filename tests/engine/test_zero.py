@@ -1,15 +1,19 @@
 """DeepSpeed under megatron-core's schedule: no backward is lost, and its buffers are where we take them to be."""
 
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megallama.config.load import load_config
 from megallama.data.build import build_loader
+from megallama.engine import state
 from megallama.engine.build import build_engine
+from megallama.engine.fragment import Fragment
 from megallama.engine.schedule import run_schedule
-from megallama.engine.state import check_fragments
+from megallama.engine.state import check_fragments, counters, load_counters
 from megallama.engine.zero import ZeroEngine, deepspeed_config
 from megallama.host.launch import read_launch_environment
 from megallama.model.build import build_model
@@ -151,8 +155,6 @@ def with_a_changed_master(engine, module, loader, topology, config):
 
 
 def with_a_forgotten_fragment(engine, module, loader, topology, config):
-    from megallama.engine import state
-
     plain = state.own_fragments
     state.own_fragments = lambda zero, module: list(plain(zero, module))[1:]
     with pytest.raises(AssertionError, match=r"the fragments cover \d+ of \d+ elements"):
@@ -162,6 +164,30 @@ def with_a_forgotten_fragment(engine, module, loader, topology, config):
 @pytest.mark.parametrize("work", [with_a_changed_master, with_a_forgotten_fragment])
 def test_a_buffer_that_is_laid_out_otherwise_is_refused(work, tmp_path):
     run_ranks(1, with_engine, overrides(tmp_path), work)
+
+
+def test_offloaded_masters_are_compared_on_the_device_of_the_weights(monkeypatch):
+    """As on a GPU: weights there (here on `meta`), masters on the host."""
+    seen = []
+    module = torch.nn.Linear(4, 1, bias=False, device="meta", dtype=torch.bfloat16)
+    fragment = Fragment("weight", 0, 4, {"fp32": torch.zeros(4)}, True)
+    monkeypatch.setattr(state, "own_fragments", lambda zero, module: iter([fragment]))
+    monkeypatch.setattr(torch, "equal", lambda *pair: seen.append([t.device.type for t in pair]) or True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    check_fragments(SimpleNamespace(device=torch.device("cpu"), shard_group=None), module)
+    assert seen == [["meta", "meta"]]
+
+
+def test_steps_are_found_where_apex_counts_them():
+    """Its FusedAdam keeps one number a parameter group, and none in the state."""
+    master = torch.zeros(3)
+    apex = SimpleNamespace(state=defaultdict(dict), param_groups=[{}, {}], defaults={})
+    zero = SimpleNamespace(optimizer=SimpleNamespace(optimizer=apex, fp32_partitioned_groups_flat=[master]))
+    assert counters(zero) == {"adam_step": 0} and set(apex.state[master]) == {"exp_avg", "exp_avg_sq"}
+    apex.param_groups[0]["step"] += 5
+    assert counters(zero) == {"adam_step": 5}
+    load_counters(zero, {"adam_step": 9})
+    assert apex.param_groups == [{"step": 9}, {"step": 9}]
 
 
 def overflow(engine, module, loader, topology, config):
@@ -179,6 +205,18 @@ def test_fp16_overflow_keeps_the_weights_and_halves_the_scale(tmp_path):
     assert (result.loss_scale, after) == (scale, scale / 2)
 
 
+def with_an_infinite_weight(engine, module, loader, topology, config):
+    next(module.parameters()).data.fill_(math.inf)
+    return engine.train_step(0, loader.batches(0))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_that_is_no_number_is_a_fault_in_bf16(stage, tmp_path):
+    arguments = overrides(tmp_path, f"zero.stage={stage}", "precision.dtype=bf16")
+    (result,) = run_ranks(1, with_engine, arguments, with_an_infinite_weight)
+    assert not result.is_skipped and not math.isfinite(result.grad_norm)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_sums_are_fp32_in_every_precision(stage, dtype, tmp_path):
@@ -187,4 +225,6 @@ def test_sums_are_fp32_in_every_precision(stage, dtype, tmp_path):
     assert settings["data_types"]["grad_accum_dtype"] == settings["communication_data_type"] == "fp32"
     assert settings["zero_optimization"]["stage"] == max(1, stage)
     assert settings["gradient_accumulation_steps"] == 1 and not settings["managed_gradient_accumulation"]
+    assert not settings["timers"]["throughput"]["enabled"], "it would wait for the GPU before every forward"
+    assert settings["zero_optimization"]["overlap_comm"] == (stage == 3)
     assert [kind for kind in ("bf16", "fp16") if kind in settings] == ([dtype] if dtype != "fp32" else [])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megallama.kernels import attention_context
+from megallama.kernels import attention_context, fused
 from megallama.kernels.attention_context import WholeKeysAttention
 from megallama.kernels.fused import CpuFlash, CudaEfficient, CudaFlash, Reference, choose_kernel
-from megallama.kernels.segments import Block
+from megallama.kernels.segments import Block, plan_whole_keys
 from tests.kernels.attention_on_ranks import worst_error
 
 
@@ -43,14 +43,53 @@ def test_reference_equals_autograd():
     assert worst_error(list(got), [leaf.grad for leaf in leaves]) < 1e-12
 
 
-def test_each_device_and_precision_has_its_kernel():
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability", "kernel"),
+    [
+        (torch.bfloat16, 128, (9, 0), CudaFlash),
+        (torch.float16, 256, (8, 0), CudaFlash),
+        (torch.float16, 128, (7, 5), CudaEfficient),
+        (torch.bfloat16, 264, (9, 0), CudaEfficient),
+        (torch.float32, 128, (9, 0), CudaEfficient),
+        (torch.float64, 128, (9, 0), Reference),
+    ],
+)
+def test_each_device_and_precision_has_its_kernel(dtype, width, capability, kernel, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
-        cuda = {
-            dtype: torch.empty(1, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32)
-        }
-        assert isinstance(choose_kernel("sdpa", cuda[torch.bfloat16]), CudaFlash)
-        assert isinstance(choose_kernel("sdpa", cuda[torch.float32]), CudaEfficient)
-        assert isinstance(choose_kernel("reference", cuda[torch.float32]), Reference)
+        like = torch.empty(1, width, device="cuda", dtype=dtype)
+        assert isinstance(choose_kernel("sdpa", like), kernel)
+        assert isinstance(choose_kernel("reference", like), Reference)
+
+
+def test_queries_that_are_none_have_an_infinite_sum(monkeypatch):
+    """Memory-efficient attention takes the log-sum-exp in rows of 32, and reads no length beside it."""
+    taken = []
+
+    def backward(grad, q, k, v, bias, out, lse, *rest, scale):
+        taken.append(lse)
+        return q, k, v, None
+
+    monkeypatch.setattr(fused.aten, "_scaled_dot_product_efficient_attention_backward", backward)
+    x, lse = torch.ones(1, 2, 40, 8), torch.ones(1, 2, 40)
+    CudaEfficient().backward(x, x, x, x, x, lse, (None, None), is_causal=True, scale=1.0)
+    (padded,) = taken
+    assert padded.shape == (1, 2, 64) and padded.is_contiguous()
+    assert torch.equal(padded[..., :40], lse) and bool(padded[..., 40:].isposinf().all())
+
+
+def test_a_plan_goes_to_the_gpu_without_waiting_for_it(monkeypatch):
+    """A plan is made for every micro-batch, while the GPU is still at the one before."""
+    sent, device = [], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: sent.append("locked") or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, device, non_blocking=False: sent.append(non_blocking) or tensor
+    )
+    plan_whole_keys.__wrapped__(Block(((0, 3, 40),), 1, 48, 1, 0, True, device))
+    assert sent == ["locked", True] * 4
+
+
+def test_the_cpu_has_its_kernel():
     assert isinstance(choose_kernel("sdpa", torch.empty(1)), CpuFlash)
 
 
