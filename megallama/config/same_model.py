@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from megallama.config.schema import ModelConfig
 from megallama.config.typed import optional
@@ -73,9 +73,9 @@ def _padded_vocabulary(settings: Mapping[str, Any]) -> int | None:
     return math.ceil(size / multiple) * multiple if _is_count(size) and _is_count(multiple) else None
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and value > 0
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and value > 0

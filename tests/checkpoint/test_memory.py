@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import filecmp
+import json
 import re
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 from megallama.checkpoint.boxes import BoxedTensor, split_range
@@ -15,6 +20,7 @@ from megallama.checkpoint.regions import read_region
 from megallama.checkpoint.store import load_checkpoint, save_checkpoint
 from megallama.checkpoint.verify import verify_checkpoint
 from megallama.checkpoint.writer import CheckpointWriter
+from tests.jobs import SMALL
 from tests.ranks import run_ranks
 
 SHAPE = (4096, 8192)
@@ -78,3 +84,56 @@ def measure(folder: Path) -> dict[str, float]:
 def test_memory_beside_what_is_filled(tmp_path: Path) -> None:
     [found] = run_ranks(1, measure, tmp_path)
     assert max(found.values()) < LIMIT_MIB, found
+
+
+def within(mib: int, function: Callable[[], object]) -> None:
+    """Run `function` with so much more memory of its own than there is now; what is resident does not matter."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmData:\s+(\d+) kB", status)
+    assert found is not None
+    limit = int(found[1]) * 1024 + (mib << 20)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    try:
+        function()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def import_and_export(folder: Path) -> None:
+    """A model whose embedding alone is 128 MiB, in and out again."""
+    from megallama.checkpoint.export_model import export_model
+    from megallama.checkpoint.import_model import import_model
+    from megallama.checkpoint.safetensors_folder import TensorToWrite, write_safetensors
+    from megallama.config.load import load_config
+    from megallama.model.hugging_face_config import hugging_face_config
+    from megallama.model.hugging_face_names import hugging_face_tensors
+
+    words = ["model=llama_tiny", "model.num_layers=1", "model.hidden_size=512", "model.vocab_size=65536"]
+    words += ["model.tie_embeddings=true", *SMALL[3:], "train.run_dir=unused"]
+    model = load_config(words).model
+    source = folder / "source"
+    source.mkdir()
+    config = hugging_face_config(model, dtype="bfloat16", bos_id=None, eos_id=None)
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    def blocks(shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        yield from (torch.full((1, *shape[1:]), float(row)) for row in range(shape[0]))
+
+    tensors = {
+        name: TensorToWrite(made.shape, partial(blocks, made.shape))
+        for name, made in hugging_face_tensors(model).items()
+    }
+    write_safetensors(source, tensors, dtype=torch.bfloat16, max_shard_bytes=1 << 40)
+    torch.ones(2).sum()  # what starts at a first use is not ours
+    mapped_mib = (
+        source / "model.safetensors"
+    ).stat().st_size >> 20  # by safetensors, as if it might write there
+    within(LIMIT_MIB + mapped_mib, lambda: import_model(source, folder / "imported"))
+    within(LIMIT_MIB, lambda: export_model(folder / "imported", folder / "exported"))
+    assert filecmp.cmp(source / "model.safetensors", folder / "exported" / "model.safetensors", shallow=False)
+    with pytest.raises(RuntimeError, match="allocate|memory"):
+        within(LIMIT_MIB, lambda: torch.ones(SHAPE))
+
+
+def test_import_and_export_hold_parts_of_a_tensor(tmp_path: Path) -> None:
+    run_ranks(1, import_and_export, tmp_path)
