@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megallama.commands.parser import Commands, add_corpus_options
 
 if TYPE_CHECKING:
-    from megallama.data.prepare import PrepareReport
+    from megallama.data.prepare_report import PrepareReport
 
 
 def add(commands: Commands) -> None:
@@ -77,7 +77,9 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _show(report: PrepareReport) -> None:
     print(f"{report.source_files} files, {report.source_bytes / 1e6:.1f} MB")
-    if report.resumed_bytes:
+    if report.was_complete:
+        print("  an earlier attempt was interrupted at its very end: its files have their names now")
+    elif report.resumed_bytes:
         print(f"  {report.resumed_bytes / 1e6:.1f} MB of them were tokenized before")
     for source in report.sources:
         shares = [f"{script} {share:.0%}" for script, share in source.script_shares.items() if share >= 0.005]

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megallama.data.origins import FILES
 from megallama.host.errors import UserError
@@ -43,29 +44,31 @@ class WorkFolder:
         self.finished.mkdir()
         return self.finished
 
-    def publish(self) -> None:
+    def publish(self, job: str) -> None:
         """Give the finished files their names, and remove what stood there before.
 
-        A plan on the disk says which; a preparation that is killed meanwhile is completed by the next one.
+        A plan on the disk says which; a preparation that is killed meanwhile is completed by the next one, which
+        knows by `job`, a digest of what decides about the files, whether they are those that it would make.
         """
         _sync_folder(self.finished)
         names = sorted(path.name for path in self.finished.iterdir())
         plan = self.path / _PLAN
         being_written = plan.with_suffix(".part")
         with open(being_written, "w", encoding="utf-8") as stream:
-            json.dump(names, stream)
+            json.dump({"job": job, "names": names}, stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(being_written, plan)
         _sync_folder(self.path)
         self.complete_publishing()
 
-    def complete_publishing(self) -> bool:
-        """Carry out the plan, where there is one; whether there was."""
+    def complete_publishing(self) -> str | None:
+        """Carry out the plan, where there is one; its job."""
         plan = self.path / _PLAN
         if not plan.exists():
-            return False
-        names: list[str] = json.loads(plan.read_text(encoding="utf-8"))
+            return None
+        content: dict[str, Any] = json.loads(plan.read_text(encoding="utf-8"))
+        names: list[str] = content["names"]
         # Manifests last: until then they disagree with the new files, which is noticed.
         for name in sorted(names, key=lambda name: name.endswith(".json")):
             if (self.finished / name).exists():
@@ -77,7 +80,7 @@ class WorkFolder:
         shutil.rmtree(self.units, ignore_errors=True)
         shutil.rmtree(self.finished, ignore_errors=True)
         plan.unlink()
-        return True
+        return str(content["job"])
 
     def remove(self) -> None:
         """Remove all."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megallama.checkpoint.agreement import Ranks
 from megallama.checkpoint.facts import model_facts
 from megallama.config.load import to_yaml
 from megallama.config.schema import RunConfig
@@ -85,8 +86,8 @@ def build_trainer(
     """The trainer, resumed from the newest checkpoint that verifies, if there is one."""
     state = start_run(config, topology, engine=engine, loader=loader, folder=folder)
     loader.check_enough()
-    if topology.rank == 0:
-        folder.write_ledger(loader.ledger(state.step))
+    # Every rank learns of a failure, so that none waits for the others.
+    Ranks(topology.host_group).first(lambda: folder.write_ledger(loader.ledger(state.step)))
     train = config.train
     layout = layout_facts(config, topology)
     saver = Saver(

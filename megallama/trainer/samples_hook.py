@@ -26,7 +26,7 @@ class SamplesHook(Hook):
         """Go on after the line of the last completed step."""
         try:
             self._lines = StepLines(self._path, first_step=state.step)
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self._path} cannot be continued ({error}): move it away, or set log.samples=false"
             ) from error

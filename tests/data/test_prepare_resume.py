@@ -21,7 +21,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megallama.data.prepare import PrepareReport, prepare
+from megallama.cli import main
+from megallama.data.prepare import prepare
+from megallama.data.prepare_report import PrepareReport
 from megallama.host.errors import UserError
 from tests.data.conftest import make_text
 
@@ -79,6 +81,7 @@ def completed(mixed: Path, out: Path, tokenizer: Path, *, workers: int = 1) -> P
 
 RUN = """
 import json, sys
+from megallama.cli import main
 from megallama.data.prepare import prepare
 inputs, output, tokenizer, settings = sys.argv[1:]
 print("loaded", flush=True)
@@ -188,6 +191,54 @@ def test_killed_before_every_change_of_the_disk(tokenizer_path: Path, tmp_path: 
         if not was_killed:
             break
     assert number > 30
+
+
+def test_killed_while_its_files_got_their_names_it_is_completed_by_the_same_command(
+    mixed: Path, tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fraction = ["--validation-fraction", "0.1"]
+    words = [
+        "prepare",
+        str(mixed),
+        "--tokenizer",
+        str(tokenizer_path),
+        "--workers",
+        "1",
+        "--max-damaged",
+        "5",
+    ]
+    assert main([*words, *fraction, "--output", str(tmp_path / "whole")]) == 0
+    expected, shown = contents(tmp_path / "whole"), capsys.readouterr().out
+
+    number = 0
+
+    def killed(out: Path) -> None:
+        nonlocal number
+        plan, number = out / ".preparing" / "publish.json", max(0, number - 3)
+        while not (plan.exists() and (out / "train.bin").exists()):
+            shutil.rmtree(out, ignore_errors=True)
+            number += 1
+            assert killed_at_call(number, lambda: main([*words, *fraction, "--output", str(out)]))
+        assert not (out / "train.json").exists()
+
+    out = tmp_path / "同"
+    killed(out)
+    assert main([*words, *fraction, "--output", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "interrupted at its very end: its files have their names now" in told
+    assert contents(out) == expected and not (out / ".preparing").exists()
+    # And otherwise it tells what the whole one told.
+    assert [line for line in told.splitlines() if "very end" not in line] == [
+        line.replace(str(tmp_path / "whole"), str(out)) for line in shown.splitlines()
+    ]
+    for name, other in (("份额", ["--validation-fraction", "0.2"]), ("种子", [*fraction, "--seed", "7"])):
+        out = tmp_path / name
+        killed(out)
+        assert main([*words, *other, "--output", str(out)]) == 2
+        assert "holds prepared data already" in capsys.readouterr().err
+        assert contents(out) == expected
+        assert main([*words, *other, "--output", str(out), "--overwrite"]) == 0
+        assert contents(out) != expected
 
 
 def test_a_mended_file_costs_only_its_own_units(tokenizer_path: Path, tmp_path: Path) -> None:
