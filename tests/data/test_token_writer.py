@@ -53,12 +53,31 @@ def test_the_bytes_are_those_of_megatron_core(tmp_path: Path, vocab_size: int) -
     assert check_token_file(tmp_path / "ours", checksums=True) == []
 
 
+def parts_of(unit: EncodedUnit, documents: int) -> list[EncodedUnit]:
+    """The same, so many documents at a time."""
+    ends = np.concatenate([[0], np.cumsum(unit.lengths)])
+    parts = []
+    for first in range(0, unit.lengths.size, documents):
+        end = min(first + documents, unit.lengths.size)
+        parts.append(
+            EncodedUnit(
+                tokens=unit.tokens[ends[first] : ends[end]],
+                lengths=unit.lengths[first:end],
+                draws=unit.draws[first:end],
+                stretches=unit.stretches[first:end],
+                places=unit.places[first:end],
+            )
+        )
+    return parts
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     draws=st.lists(st.lists(DRAWS, max_size=5), min_size=1, max_size=4),
     fraction=st.floats(0.001, 0.999),
     shard_tokens=st.none() | st.integers(1, 12),
     seed=st.integers(0, 99),
+    part_documents=st.integers(1, 5),
 )
 def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
     tmp_path_factory: pytest.TempPathFactory,
@@ -66,13 +85,14 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
     fraction: float,
     shard_tokens: int | None,
     seed: int,
+    part_documents: int,
 ) -> None:
     flat = [draw for unit in draws for draw in unit]
     if len(flat) < 2:
         return
     lengths = np.random.default_rng(seed).integers(1, 6, size=len(flat))
     ends = np.cumsum([len(unit) for unit in draws])
-    units = {}
+    units: dict[Path, EncodedUnit] = {}
     for number, unit in enumerate(draws):
         mine = range(ends[number] - len(unit), ends[number])
         units[Path(str(number))] = EncodedUnit(
@@ -84,7 +104,12 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
         )
     folder = tmp_path_factory.mktemp("splits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_writer, "open_unit", lambda path, vocab_size: units[path])
+        patch.setattr(token_writer, "read_unit", lambda path, vocab_size: parts_of(units[path], part_documents))
+        patch.setattr(
+            token_writer,
+            "read_draws",
+            lambda path, vocab_size: [part.draws for part in parts_of(units[path], part_documents)],
+        )
         manifests, counts = join_units(
             list(units),
             folder,
