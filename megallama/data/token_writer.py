@@ -28,8 +28,8 @@ from megallama.data.tokenizer_interface import Tokenizer
 TRAIN = "train"
 VALID = "valid"
 
-_LENGTHS_AT_ONCE = 1 << 16
-_TOKENS_AT_ONCE = 1 << 20
+_LENGTHS_AT_ONCE = 1 << 14
+_TOKENS_AT_ONCE = 1 << 18
 _TYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
 
 

@@ -104,7 +104,9 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
         )
     folder = tmp_path_factory.mktemp("splits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_writer, "read_unit", lambda path, vocab_size: parts_of(units[path], part_documents))
+        patch.setattr(
+            token_writer, "read_unit", lambda path, vocab_size: parts_of(units[path], part_documents)
+        )
         patch.setattr(
             token_writer,
             "read_draws",
