@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megallama.data import token_writer
+from megallama.data.checksums import checksum_problems
 from megallama.data.encoding import EncodedUnit, token_type
 from megallama.data.open import open_files
 from megallama.data.prepare import prepare
@@ -50,7 +51,7 @@ def test_the_bytes_are_those_of_megatron_core(tmp_path: Path, vocab_size: int) -
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
-    assert check_token_file(tmp_path / "ours", checksums=True) == []
+    assert checksum_problems(tmp_path / "ours") == []
 
 
 def parts_of(unit: EncodedUnit, documents: int) -> list[EncodedUnit]:
@@ -124,7 +125,7 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
     found: dict[str, list[int]] = {}
     for name, manifest in manifests.items():
         assert read_manifest(folder / name) == manifest
-        assert check_token_file(folder / name, checksums=True) == []
+        assert checksum_problems(folder / name) == []
         files = [TokenFile(prefix) for prefix in shard_prefixes(folder / name)]
         assert (len(files) == manifest.shards) if shard_tokens else (manifest.shards == 0)
         documents = [
