@@ -82,5 +82,5 @@ def test_a_file_of_something_else_is_not_continued(tmp_path: Path, content: str)
     path = tmp_path / "samples.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"samples.jsonl cannot be continued .*: move it away"):
-        SamplesHook(path, lambda step: {}).start(TrainState())
+        SamplesHook(path, lambda step: {}, completed_steps=0)
     assert path.read_text(encoding="utf-8") == content

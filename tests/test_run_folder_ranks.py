@@ -41,3 +41,11 @@ def test_a_changed_byte_of_the_data_ends_all_ranks_before_the_first_step(tmp_pat
     content[2000] ^= 1
     prefix.with_suffix(".bin").write_bytes(content)
     assert len(run_job(tmp_path, 2, *changed, "parallel.pp=2", "data.verify_checksums=true")) == 5
+
+
+def test_a_log_of_samples_that_cannot_be_continued_ends_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples.jsonl").write_text("无\n", encoding="utf-8")
+    words = ["model.num_layers=1", "log.samples=true"]
+    first, second = run_ranks(2, refusal, overrides(tmp_path, *words), timeout_s=120)
+    assert first == second and first.startswith(f"{tmp_path / 'run' / 'samples.jsonl'} cannot be continued (")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from megallama.data.corpus import Documents
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -25,5 +28,16 @@ def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = Tr
         default="file",
         help="what a document of a text file is (default: the whole file)",
     )
+    parser.add_argument(
+        "--separator",
+        default="",
+        metavar="LINE",
+        help="text files: documents end at lines that are exactly this",
+    )
     parser.add_argument("--text-field", default="text", help="field of a .jsonl line that holds the text")
     parser.add_argument("--seed", type=int, default=1234)
+
+
+def documents_of(options: argparse.Namespace) -> Documents:
+    """What a document of a text file is, by these options."""
+    return "separator" if options.separator else options.documents

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from megallama.commands.parser import Commands, add_corpus_options
+from megallama.commands.parser import Commands, add_corpus_options, documents_of
 
 if TYPE_CHECKING:
     from megallama.data.prepare_report import PrepareReport
@@ -20,12 +20,6 @@ def add(commands: Commands) -> None:
         " same command goes on where it was.",
     )
     add_corpus_options(prepare)
-    prepare.add_argument(
-        "--separator",
-        default="",
-        metavar="LINE",
-        help="text files: documents end at lines that are exactly this",
-    )
     prepare.add_argument(
         "--tokenizer", required=True, help="tokenizer.model, tokenizer.json, or their folder"
     )
@@ -64,7 +58,7 @@ def _prepare(options: argparse.Namespace) -> None:
             seed=options.seed,
             workers=options.workers,
             suffixes=options.suffix,
-            documents="separator" if options.separator else options.documents,
+            documents=documents_of(options),
             separator=options.separator,
             text_field=options.text_field,
             shard_tokens=None if options.shard_tokens is None else int(options.shard_tokens),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megallama.commands.parser import Commands, add_corpus_options
+from megallama.commands.parser import Commands, add_corpus_options, documents_of
 
 
 def add(commands: Commands) -> None:
@@ -82,7 +82,8 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
             seed=options.seed,
             sample_bytes=int(options.sample_mb * 1e6),
             suffixes=options.suffix,
-            documents=options.documents,
+            documents=documents_of(options),
+            separator=options.separator,
             text_field=options.text_field,
             progress=progress,
         )
@@ -101,7 +102,8 @@ def _merge_tokenizers(options: argparse.Namespace) -> None:
             sample_bytes=int(options.sample_mb * 1e6),
             seed=options.seed,
             suffixes=options.suffix,
-            documents=options.documents,
+            documents=documents_of(options),
+            separator=options.separator,
             text_field=options.text_field,
         )
     report = merge_tokenizers(

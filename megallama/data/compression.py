@@ -71,6 +71,7 @@ def sample_text(
     seed: int,
     suffixes: Sequence[str] = (),
     documents: Documents = "file",
+    separator: str = "",
     text_field: str = "text",
 ) -> list[str]:
     """Lines of `inputs`, at most `sample_bytes`, each with the same chance.
@@ -79,7 +80,7 @@ def sample_text(
         UserError: inputs that `expand_inputs` or `stream_documents` refuse, or without text.
     """
     files = expand_inputs(inputs, suffixes=suffixes)
-    reading = Reading(documents=documents, text_field=text_field)
+    reading = Reading(documents=documents, text_field=text_field, separator=separator)
     texts = (document.text for document in stream_documents(files, reading=reading))
     lines = sample_lines(texts, seed=seed, sample_bytes=sample_bytes)
     if not lines:

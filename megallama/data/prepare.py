@@ -57,11 +57,10 @@ def prepare(
     `train-00001` ..., each of at most that many tokens. `prepared.json` and `token-counts.npy` tell what is in it.
 
     The files appear under their names only when all is written; what stood there before stays if anything
-    fails. What is tokenized lies in `<output>/.preparing`, and the same call goes on from there, or completes
-    and reports what was interrupted while the files got their names. The result is the same, byte for byte,
-    for any number of `workers` (None: all cores) and any interruption. `unit_bytes` is how much text is lost
-    at most by one. A record that gives no document (not UTF-8, no JSON, no text field) is an error, until
-    `max_damaged` allows to leave out that many. `progress` is called with (bytes done, bytes in all).
+    fails. What is tokenized lies in `<output>/.preparing`; the same call goes on from there. The result is the
+    same, byte for byte, for any number of `workers` (None: all cores) and any interruption. `unit_bytes` is
+    how much text is lost at most by one. A record that gives no document (not UTF-8, no JSON, no text field)
+    is an error until `max_damaged` allows that many. `progress` is called with (bytes done, bytes in all).
 
     Raises:
         UserError: wrong arguments, inputs that `expand_inputs` or `read_records` refuse, too many

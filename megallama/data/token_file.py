@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,7 @@ class TokenFile:
         # Not megatron-core's map of it, which is closed under views that outlive the dataset.
         mapped = np.memmap(f"{prefix}.bin", dtype=self._dtype, mode="r", shape=(self.num_tokens,))
         self._tokens = mapped.view(np.ndarray)
-        self._maps: tuple[mmap.mmap, mmap.mmap] = mapped.base, index.bin_buffer_mmap.base
+        self._maps = cast("tuple[mmap.mmap, mmap.mmap]", (mapped.base, index.bin_buffer_mmap.base))
         self._num_bytes = self.num_tokens * self._dtype.itemsize, len(self._maps[1])
 
     @cached_property
@@ -206,4 +207,4 @@ class TokenFile:
 
 def _numbers(mapped_int64: npt.NDArray[np.int64]) -> memoryview:
     """The same memory for `bisect`, which asks NumPy's arrays twenty times more slowly."""
-    return memoryview(mapped_int64.view(np.uint8)).cast("q")
+    return mapped_int64.view(np.uint8).data.cast("q")

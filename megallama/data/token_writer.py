@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -130,7 +131,7 @@ class TokenWriter:
         return manifest
 
 
-def index_parts(lengths: Lengths, dtype: np.dtype[np.integer]) -> Iterator[bytes]:
+def index_parts(lengths: Lengths, dtype: np.dtype[Any]) -> Iterator[bytes]:
     """megatron-core's index of documents of these lengths, part after part."""
     yield INDEX_HEADER.pack(INDEX_MAGIC, 1, _TYPE_CODES[dtype], lengths.count, lengths.count + 1)
     for part in lengths.parts():

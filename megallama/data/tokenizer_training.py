@@ -52,6 +52,7 @@ def train_tokenizer(
     sample_bytes: int = 100 << 20,
     suffixes: Sequence[str] = (),
     documents: Documents = "file",
+    separator: str = "",
     text_field: str = "text",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -79,7 +80,7 @@ def train_tokenizer(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file: name a folder")
     files = expand_inputs(inputs, suffixes=suffixes)
-    reading = Reading(documents=documents, text_field=text_field)
+    reading = Reading(documents=documents, text_field=text_field, separator=separator)
     lines = sample_lines(_texts(files, reading, progress), seed=seed, sample_bytes=sample_bytes)
     if not lines:
         raise empty_corpus(files)

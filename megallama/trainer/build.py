@@ -111,8 +111,8 @@ def build_trainer(
         hooks.append(metered)
     if topology.rank == 0:
         hooks.append(MetricsHook(config, topology, folder=folder, has_wandb_key=environment.has_wandb_key))
-        if config.log.samples:
-            hooks.append(SamplesHook(folder.samples_file, loader.sample_ids))
+    if config.log.samples:
+        hooks += _samples_hooks(topology, folder=folder, loader=loader, completed_steps=state.step)
     hooks.append(GuardHook())
     hooks.append(CheckpointHook(saver, interval=config.checkpoint.interval, last_step=train.steps))
     hooks.append(SignalHook(topology, saver))
@@ -126,6 +126,19 @@ def build_trainer(
         samples_per_step=train.global_batch_size,
         tokens_per_step=train.global_batch_size * train.seq_len,
     )
+
+
+def _samples_hooks(
+    topology: Topology, *, folder: RunFolder, loader: DataLoader, completed_steps: int
+) -> list[Hook]:
+    """One on rank 0; every rank learns of a failure."""
+
+    def opened() -> list[Hook]:
+        if topology.rank > 0:
+            return []
+        return [SamplesHook(folder.samples_file, loader.sample_ids, completed_steps=completed_steps)]
+
+    return Ranks(topology.host_group).everywhere(opened)
 
 
 SAME_REQUEST_S = 2.0

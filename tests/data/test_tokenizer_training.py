@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megallama.cli import main
 from megallama.data.tokenizer import load_tokenizer
 from megallama.data.tokenizer_interface import PieceKind
 from megallama.data.tokenizer_training import sample_lines, train_tokenizer
@@ -146,3 +147,16 @@ def test_an_empty_corpus_and_a_file_as_output_are_refused(corpus: Path, tmp_path
         train_tokenizer([blank], tmp_path / "out", vocab_size=400)
     with pytest.raises(UserError, match="is a file"):
         train_tokenizer([corpus], blank, vocab_size=400)
+
+
+def test_lines_between_documents_are_not_learned(tmp_path: Path) -> None:
+    text = tmp_path / "三国.txt"
+    text.write_text("\n＊卷＊\n".join([CHINESE, "话说天下大势，分久必合"] * 50), encoding="utf-8")
+    words = ["tokenizer", "train", str(text), "--vocab-size", "330", "--character-coverage", "1"]
+    learned = []
+    for name, extra in (("with", []), ("without", ["--separator", "＊卷＊"])):
+        assert main([*words, *extra, "--output", str(tmp_path / name)]) == 0
+        loaded = load_tokenizer(tmp_path / name)
+        learned.append({loaded.decode([i]) for i in range(259, loaded.vocab_size)})
+    assert "卷" in "".join(learned[0]) and "卷" not in "".join(learned[1])
+    assert "势" in "".join(learned[1])

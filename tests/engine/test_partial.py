@@ -29,6 +29,9 @@ LAYOUTS = {
     **{f"dp2 zero{z}": (2, [f"zero.stage={z}"]) for z in range(4)},
     "tp2 dp2 zero3": (4, ["parallel.tp=2", "zero.stage=3"]),
     "pp2 tied": (2, ["parallel.pp=2", "model.tie_embeddings=true", "zero.stage=2"]),
+    "cp2 zero2": (2, ["parallel.cp=2", "zero.stage=2"]),
+    "pp2 vp2 zero1": (2, ["parallel.pp=2", "parallel.vp=2"]),
+    "pp2 zero3": (2, ["parallel.pp=2", "zero.stage=3"]),
     "bf16 zero1": (1, ["precision.dtype=bf16"]),
     "fp16 zero2": (1, ["precision.dtype=fp16", "zero.stage=2"]),
 }
