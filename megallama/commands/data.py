@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megallama.commands.parser import Commands
+from megallama.commands.parser import Commands, whole_number
 from megallama.host.errors import EXIT_DIFFERENT
 
 
@@ -16,9 +16,21 @@ def add(commands: Commands) -> None:
     parts = data.add_subparsers(metavar="COMMAND", required=True)
     trace = parts.add_parser("trace", help="the sequences of a step: source, file, document, text")
     trace.add_argument("run_dir", type=Path)
-    trace.add_argument("--step", type=int, required=True, help="as the metrics count it; the first one is 1")
-    trace.add_argument("--row", type=int, default=None, help="only this sequence of the global batch, from 0")
-    trace.add_argument("--chars", type=int, default=60, help="characters of text of each document")
+    trace.add_argument(
+        "--step",
+        type=whole_number(least=1),
+        required=True,
+        help="as the metrics count it; the first one is 1",
+    )
+    trace.add_argument(
+        "--row",
+        type=whole_number(least=0),
+        default=None,
+        help="only this sequence of the global batch, from 0",
+    )
+    trace.add_argument(
+        "--chars", type=whole_number(least=0), default=60, help="characters of text of each document"
+    )
     trace.add_argument("--json", action="store_true", help="one line of JSON a sequence")
     trace.set_defaults(command=_trace)
     verify = parts.add_parser(

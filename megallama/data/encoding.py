@@ -248,8 +248,8 @@ def too_much_damage(damaged: Sequence[Damage], *, count: int, max_damaged: int) 
     if max_damaged == 0:
         return UserError(damaged[0].problem)
     return UserError(
-        f"{count} damaged records, more than max_damaged ({max_damaged}), the last one: {damaged[-1].problem};"
-        " mend them, or raise max_damaged to leave them out"
+        f"{count} damaged records, more than --max-damaged ({max_damaged}), the last one: {damaged[-1].problem};"
+        " mend them, or raise --max-damaged to leave them out"
     )
 
 
