@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megallama.data.token_file import TokenFile
+from megallama.data.token_writer import TokenWriter
+from megallama.data.tokenizer_interface import Tokenizer
 from tests.ranks import run_ranks
 
 VOCAB_SIZE = 128
@@ -43,6 +47,21 @@ def write_dataset(prefix: Path, *, documents: int = 60, seed: int = 0, vocab_siz
         document = (start + np.arange(length)) % (vocab_size - 1) + 1
         builder.add_document(np.append(document, 0), [length + 1])
     builder.finalize(f"{prefix}.idx")
+
+
+def write_prepared(prefix: Path, *, documents: int = 60, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> None:
+    """The documents of `write_dataset` as `megallama prepare` writes them: two bytes a token, and a manifest."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    plain = prefix.with_name(f"{prefix.name}-plain")
+    write_dataset(plain, documents=documents, seed=seed, vocab_size=vocab_size)
+    file = TokenFile(plain)
+    facts = SimpleNamespace(name="数", sha256="0", vocab_size=vocab_size, eod_id=0)
+    with TokenWriter(prefix, tokenizer=cast(Tokenizer, facts)) as writer:
+        tokens = file.view(0, file.num_tokens).astype(np.uint16)
+        writer.add(tokens, file.document_lengths, np.zeros((file.num_documents, 2), np.int64))
+        writer.finish()
+    for suffix in (".bin", ".idx"):
+        Path(f"{plain}{suffix}").unlink()
 
 
 def overrides(folder: Path, *extra: str, run_name: str = "run") -> list[str]:

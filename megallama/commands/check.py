@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megallama.commands.parser import Commands
+from megallama.commands.parser import Commands, whole_number
 
 
 def add(commands: Commands) -> None:
     """Add `megallama check` to the command line."""
     check = commands.add_parser("check", help="check a run before it is started, as launch/train.py would")
     check.add_argument(
-        "--world-size", type=int, default=None, help="number of ranks; rules that need it are left out"
+        "--world-size",
+        type=whole_number(least=1),
+        default=None,
+        help="number of ranks; rules that need it are left out",
     )
     check.add_argument(
         "--config-dir", type=Path, default=None, help="a folder with model/ or exp/ of your own"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megallama.commands.parser import Commands
+from megallama.commands.parser import Commands, whole_number
 
 
 def add(commands: Commands) -> None:
@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
         default="mean",
         help="new rows: mean of the rows of the token's old pieces, zeros, or a draw like the old rows",
     )
-    expand.add_argument("--seed", type=int, default=1234, help="of --init normal")
+    expand.add_argument("--seed", type=whole_number(least=0), default=1234, help="of --init normal")
     expand.set_defaults(command=_expand_vocab)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megallama.commands.parser import Commands
+from megallama.commands.parser import Commands, whole_number
 
 
 def add(commands: Commands) -> None:
@@ -13,13 +13,15 @@ def add(commands: Commands) -> None:
     generate = commands.add_parser("generate", help="continue a prompt with the newest checkpoint of a run")
     generate.add_argument("run_dir", type=Path, help="folder of a run, or of an imported model")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max-new-tokens", type=int, default=200)
+    generate.add_argument("--max-new-tokens", type=whole_number(least=0), default=200)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    generate.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all")
+    generate.add_argument(
+        "--top-k", type=whole_number(least=0), default=0, help="only the k likeliest tokens; 0: all"
+    )
     generate.add_argument(
         "--top-p", type=float, default=1.0, help="only the likeliest tokens of this total probability"
     )
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=whole_number(least=0), default=0)
     generate.set_defaults(command=_generate)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megallama.commands.parser import Commands
+from megallama.commands.parser import Commands, whole_number
 
 
 def add(commands: Commands) -> None:
@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--name", default=None, help="name of the shape (default: that of the output folder)")
     parser.add_argument(
         "--vocab-multiple",
-        type=int,
+        type=whole_number(least=1),
         default=128,
         help="pad the embedding to a multiple of this (default: 128)",
     )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
+
+from megallama.host.errors import UserError
 
 if TYPE_CHECKING:
     from megallama.data.corpus import Documents
@@ -11,10 +15,45 @@ if TYPE_CHECKING:
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
+_MOST = 10**15
+
+
+def positive_number(text: str) -> float:
+    """An argument that is a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0, {_MOST:.0e} at most")
+    return value
+
+
+def whole_number(*, least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= _MOST:
+            raise argparse.ArgumentTypeError(
+                f"{text} must be a whole number, {least} at least, {_MOST:.0e} at most"
+            )
+        return value
+
+    return parse
+
+
 def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = True) -> None:
     """Add what says which text is read and how it falls into documents."""
     if has_inputs:
-        parser.add_argument("inputs", nargs="+", help="files, globs, or folders of .txt and .jsonl")
+        parser.add_argument(
+            "inputs",
+            nargs="+",
+            help="files, globs, or folders of .txt, .jsonl, .parquet, and .gz and .zst of the first two",
+        )
     parser.add_argument(
         "--suffix",
         action="append",
@@ -25,7 +64,7 @@ def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = Tr
     parser.add_argument(
         "--documents",
         choices=["file", "blank_line"],
-        default="file",
+        default=None,
         help="what a document of a text file is (default: the whole file)",
     )
     parser.add_argument(
@@ -34,10 +73,22 @@ def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = Tr
         metavar="LINE",
         help="text files: documents end at lines that are exactly this",
     )
-    parser.add_argument("--text-field", default="text", help="field of a .jsonl line that holds the text")
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        help="field of a .jsonl line, or column of a .parquet file, that holds the text",
+    )
+    parser.add_argument("--seed", type=whole_number(least=0), default=1234)
 
 
 def documents_of(options: argparse.Namespace) -> Documents:
-    """What a document of a text file is, by these options."""
-    return "separator" if options.separator else options.documents
+    """What a document of a text file is, by these options.
+
+    Raises:
+        UserError: both are given.
+    """
+    if options.separator and options.documents:
+        raise UserError(
+            f"--documents {options.documents} and --separator ({options.separator!r}) exclude each other: give one"
+        )
+    return "separator" if options.separator else options.documents or "file"

@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from megallama.commands.parser import Commands
+from megallama.commands.parser import Commands, positive_number
 
 
 def add(commands: Commands) -> None:
@@ -15,7 +15,10 @@ def add(commands: Commands) -> None:
     plot.add_argument("run_dir", type=Path)
     plot.add_argument("--output", type=Path, default=None, help="PNG file (default: RUN_DIR/loss.png)")
     plot.add_argument(
-        "--unigram-perplexity", type=float, default=None, help="draw the level of guessing by frequency alone"
+        "--unigram-perplexity",
+        type=positive_number,
+        default=None,
+        help="draw the level of guessing by frequency alone",
     )
     plot.set_defaults(command=_plot)
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from megallama.commands.parser import Commands, add_corpus_options, documents_of
+from megallama.commands.parser import (
+    Commands,
+    add_corpus_options,
+    documents_of,
+    positive_number,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from megallama.data.prepare_report import PrepareReport
@@ -21,26 +27,30 @@ def add(commands: Commands) -> None:
     )
     add_corpus_options(prepare)
     prepare.add_argument(
-        "--tokenizer", required=True, help="tokenizer.model, tokenizer.json, or their folder"
+        "--tokenizer",
+        required=True,
+        help="tokenizer.model, tokenizer.json, a .tiktoken file, or their folder",
     )
     prepare.add_argument("--output", required=True, help="folder that gets train.* and valid.*")
     prepare.add_argument("--validation-fraction", type=float, default=0.01)
     prepare.add_argument(
         "--shard-tokens",
-        type=float,
+        type=positive_number,
         default=None,
         metavar="N",
         help="cut the output into files of N tokens: 1e9",
     )
     prepare.add_argument(
         "--max-damaged",
-        type=int,
+        type=whole_number(least=0),
         default=0,
         metavar="N",
         help="leave out up to N records that are not UTF-8, no JSON or without text, and list them in damaged.jsonl"
         " (default 0: stop at the first)",
     )
-    prepare.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    prepare.add_argument(
+        "--workers", type=whole_number(least=1), default=None, help="processes (default: all cores)"
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace an existing output")
     prepare.set_defaults(command=_prepare)
 

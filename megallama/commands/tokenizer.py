@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from megallama.commands.parser import Commands, add_corpus_options, documents_of
+from megallama.commands.parser import (
+    Commands,
+    add_corpus_options,
+    documents_of,
+    positive_number,
+    whole_number,
+)
 
 
 def add(commands: Commands) -> None:
@@ -23,7 +29,9 @@ def _add_train(actions: Commands) -> None:
     train = actions.add_parser("train", help="train a sentencepiece tokenizer with byte fallback")
     add_corpus_options(train)
     train.add_argument("--output", required=True, help="folder that gets tokenizer.model")
-    train.add_argument("--vocab-size", type=int, required=True, help="number of token ids, bytes included")
+    train.add_argument(
+        "--vocab-size", type=whole_number(least=1), required=True, help="number of token ids, bytes included"
+    )
     train.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe")
     train.add_argument(
         "--character-coverage", type=float, default=0.9995, help="share of characters with ids"
@@ -39,7 +47,10 @@ def _add_train(actions: Commands) -> None:
     train.add_argument(
         "--user-symbol", action="append", default=[], metavar="TEXT", help="text that is always one token"
     )
-    train.add_argument("--sample-mb", type=float, default=100.0, help="most text to train on, in MB")
+    train.add_argument(
+        "--sample-mb", type=positive_number, default=100.0, help="most text to train on, in MB"
+    )
+    train.add_argument("--overwrite", action="store_true", help="replace the tokenizer in the output folder")
     train.set_defaults(command=_train_tokenizer)
 
 
@@ -48,7 +59,9 @@ def _add_merge(actions: Commands) -> None:
     merge.add_argument("first", help="sentencepiece model whose ids all stay")
     merge.add_argument("second", help="sentencepiece model whose other pieces are added")
     merge.add_argument("--output", required=True, help="folder that gets tokenizer.model")
-    merge.add_argument("--max-pieces", type=int, default=None, help="most pieces to add (default: all)")
+    merge.add_argument(
+        "--max-pieces", type=whole_number(least=1), default=None, help="most pieces to add (default: all)"
+    )
     merge.add_argument(
         "--script",
         action="append",
@@ -59,8 +72,11 @@ def _add_merge(actions: Commands) -> None:
     merge.add_argument(
         "--text", action="append", default=[], metavar="PATH", help="text to report compression on"
     )
-    merge.add_argument("--sample-mb", type=float, default=10.0, help="most text to report on, in MB")
+    merge.add_argument(
+        "--sample-mb", type=positive_number, default=10.0, help="most text to report on, in MB"
+    )
     add_corpus_options(merge, has_inputs=False)
+    merge.add_argument("--overwrite", action="store_true", help="replace the tokenizer in the output folder")
     merge.set_defaults(command=_merge_tokenizers)
 
 
@@ -85,7 +101,9 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
             documents=documents_of(options),
             separator=options.separator,
             text_field=options.text_field,
+            overwrite=options.overwrite,
             progress=progress,
+            announce=lambda text: print(text, flush=True),
         )
     print(f"wrote {path} ({options.vocab_size} ids)")
 
@@ -94,7 +112,9 @@ def _merge_tokenizers(options: argparse.Namespace) -> None:
     from megallama.data.compression import compression_table, measure_compression, sample_text
     from megallama.data.tokenizer import load_tokenizer
     from megallama.data.tokenizer_merge import merge_tokenizers
+    from megallama.data.tokenizer_training import check_model_output
 
+    check_model_output(options.output, overwrite=options.overwrite)
     lines = []
     if options.text:  # first: a wrong path should not be found out after the merge
         lines = sample_text(
@@ -112,6 +132,7 @@ def _merge_tokenizers(options: argparse.Namespace) -> None:
         options.output,
         max_pieces=options.max_pieces,
         scripts=options.script,
+        overwrite=options.overwrite,
     )
     print(
         f"wrote {report.path}: {report.old_size:,} ids as before, {report.new_size - report.old_size:,} added"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megallama.commands.parser import Commands
+from megallama.commands.parser import Commands, whole_number
 from megallama.host.errors import EXIT_DIFFERENT, UserError
 
 
@@ -21,8 +21,10 @@ def add(commands: Commands) -> None:
         help="layouts, apart by semicolons (default: the run's own axes, each cut down to 2)",
     )
     which.add_argument("--all", action="store_true", help="every layout that is legal for the run")
-    verify.add_argument("--max-ranks", type=int, default=None, help="most ranks of --all (default: 4)")
-    verify.add_argument("--steps", type=int, default=5, help="optimizer steps (default: 5)")
+    verify.add_argument(
+        "--max-ranks", type=whole_number(least=1), default=None, help="most ranks of --all (default: 4)"
+    )
+    verify.add_argument("--steps", type=whole_number(least=1), default=5, help="optimizer steps (default: 5)")
     verify.add_argument(
         "--dtype",
         choices=["fp64", "fp32", "bf16"],
@@ -45,8 +47,6 @@ def _verify(options: argparse.Namespace) -> int:
             f"--max-ranks ({options.max_ranks}) needs --all: layouts by name have their own ranks"
         )
     max_ranks = 4 if options.max_ranks is None else options.max_ranks
-    if max_ranks < 1:
-        raise UserError(f"--max-ranks ({max_ranks}) must be at least 1")
     config = load_config(options.overrides)
     if options.layouts is not None:
         layouts = parse_layouts(options.layouts)

@@ -153,7 +153,7 @@ def _check_size(file: CorpusFile, offset: int, size: int) -> None:
     if size > MAX_DOCUMENT_BYTES:
         raise UserError(
             f"file {file.path} has a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB (from offset {offset}),"
-            " which would not fit into memory: cut it (documents=blank_line or separator for text), or leave it out"
+            " which would not fit into memory: cut it (--documents blank_line or --separator for text), or leave it out"
         )
 
 
@@ -192,7 +192,7 @@ def _text_of_line(line: bytes, *, path: str, offset: int, text_field: str) -> st
         have = ", ".join(sorted(record)[:8]) if isinstance(record, dict) else f"a {type(record).__name__}"
         raise _BadLineError(
             f"{{place}} has no text in field {_escaped(repr(text_field))} (it has {_escaped(have)}):"
-            " mend the line or set text_field"
+            " mend the line, or name the field with --text-field"
         )
     half = surrogate_place(text)
     if half is not None:

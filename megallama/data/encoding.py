@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,14 @@ MAX_UNITS = 1 << 16
 MAX_UNIT_BYTES = 1 << 28
 
 _FOOTER = struct.Struct("<QQQ8s")  # documents, tokens, bytes of facts
-_MAGIC = b"MLUNIT02"
+_MAGIC = b"MLUNIT03"
+_DOCUMENT = np.dtype([("length", "<i8"), ("draw", "<f8"), ("stretch", "<i8"), ("place", "<i8")])
+"""What stands behind the tokens of a unit for each of its documents."""
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1 << 20
 _MAX_STRETCHES = 4096
+_READ_TOKENS = 1 << 18
+_READ_DOCUMENTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -121,41 +126,40 @@ def encode_unit(
 ) -> UnitFacts:
     """Tokenizes `unit` into the file `path`, which appears when it is whole.
 
-    Memory is bounded by a batch of documents and eight bytes a document.
+    Memory is bounded by a batch of documents, however many there are.
 
     Raises:
         UserError: as `read_records`; more than `max_damaged` records give no document.
         OSError: `path` cannot be written.
     """
     facts = UnitFacts()
-    lengths, draws = array("q"), array("d")
-    stretches, places = array("q"), array("q")
     scripts: Counter[str] = Counter()
     dtype = token_type(tokenizer.vocab_size)
     path.parent.mkdir(exist_ok=True)
     being_written = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        with open(being_written, "wb", buffering=1 << 20) as stream:
+        with (
+            open(being_written, "wb", buffering=1 << 20) as stream,
+            TemporaryFile(dir=path.parent, buffering=1 << 20) as table,
+        ):
             for batch in _batches(unit, reading=reading, damaged=facts.damaged, max_damaged=max_damaged):
-                documents = [document for _, document in batch]
-                texts = [document.text for document in documents]
-                for ids in tokenizer.encode_batch(texts):
+                texts = [document.text for _, document in batch]
+                rows = np.empty(len(batch), dtype=_DOCUMENT)
+                for index, ids in enumerate(tokenizer.encode_batch(texts)):
                     ids.append(tokenizer.eod_id)
-                    lengths.append(len(ids))
                     stream.write(np.array(ids, dtype=dtype).tobytes())
-                draws.extend(draw_of(document.key, seed=seed) for document in documents)
-                stretches.extend(number for number, _ in batch)
-                places.extend(document.place for document in documents)
+                    number, document = batch[index]
+                    rows[index] = len(ids), draw_of(document.key, seed=seed), number, document.place
+                table.write(rows.tobytes())
+                facts.documents += len(batch)
+                facts.tokens += int(rows["length"].sum())
                 joined = "".join(texts)
                 facts.text_bytes += len(joined.encode("utf-8"))
                 scripts.update(count_characters(joined))
-            facts.documents, facts.tokens = len(lengths), sum(lengths)
             facts.characters = dict(sorted(scripts.items()))
+            table.seek(0)
+            shutil.copyfileobj(table, stream)
             content = json.dumps(asdict(facts)).encode()
-            stream.write(lengths.tobytes())
-            stream.write(draws.tobytes())
-            stream.write(stretches.tobytes())
-            stream.write(places.tobytes())
             stream.write(content)
             stream.write(_FOOTER.pack(facts.documents, facts.tokens, len(content), _MAGIC))
             stream.flush()
@@ -168,7 +172,7 @@ def encode_unit(
 
 @dataclass(frozen=True)
 class EncodedUnit:
-    """A finished unit, opened; the arrays are views of the file."""
+    """Some documents of a finished unit, one after another."""
 
     tokens: npt.NDArray[np.integer]
     """All documents one after another, each closed by the end-of-document token."""
@@ -198,25 +202,45 @@ def read_facts(path: Path) -> UnitFacts | None:
     return UnitFacts(**content)
 
 
-def open_unit(path: Path, *, vocab_size: int) -> EncodedUnit:
-    """The finished unit at `path`."""
+def read_unit(path: Path, *, vocab_size: int) -> Iterator[EncodedUnit]:
+    """The finished unit at `path`, some hundred thousand tokens at a time (or one document of more)."""
     dtype = np.dtype(token_type(vocab_size))
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    documents, tokens, _, _ = _FOOTER.unpack(content[-_FOOTER.size :].tobytes())
-    end_of_tokens = tokens * dtype.itemsize
+    with open(path, "rb") as stream:
+        at = 0
+        for table in _tables(path, dtype=dtype):
+            ends = np.cumsum(table["length"])
+            first, first_token = 0, 0
+            while first < table.size:
+                end = int(np.searchsorted(ends, first_token + _READ_TOKENS, side="right"))
+                end = max(end, first + 1)
+                count = int(ends[end - 1]) - first_token
+                stream.seek(at * dtype.itemsize)
+                tokens = np.fromfile(stream, dtype=dtype, count=count)
+                part = table[first:end]
+                yield EncodedUnit(
+                    tokens=tokens,
+                    lengths=part["length"],
+                    draws=part["draw"],
+                    stretches=part["stretch"],
+                    places=part["place"],
+                )
+                at, first, first_token = at + count, end, first_token + count
 
-    def column(number: int, kind: type) -> Any:
-        begin = end_of_tokens + number * documents * 8
-        # A copy: behind an odd number of tokens it does not lie at a multiple of 8.
-        return np.frombuffer(content[begin : begin + documents * 8].tobytes(), dtype=kind)
 
-    return EncodedUnit(
-        tokens=content[:end_of_tokens].view(dtype),
-        lengths=column(0, np.int64),
-        draws=column(1, np.float64),
-        stretches=column(2, np.int64),
-        places=column(3, np.int64),
-    )
+def read_draws(path: Path, *, vocab_size: int) -> Iterator[npt.NDArray[np.float64]]:
+    """Only the draws of the finished unit at `path`, part after part."""
+    for table in _tables(path, dtype=np.dtype(token_type(vocab_size))):
+        yield table["draw"]
+
+
+def _tables(path: Path, *, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
+    """Rows of the table of documents, some ten thousand at a time."""
+    with open(path, "rb") as stream:
+        stream.seek(-_FOOTER.size, os.SEEK_END)
+        documents, tokens, _, _ = _FOOTER.unpack(stream.read())
+        for first in range(0, documents, _READ_DOCUMENTS):
+            stream.seek(tokens * dtype.itemsize + first * _DOCUMENT.itemsize)
+            yield np.fromfile(stream, dtype=_DOCUMENT, count=min(_READ_DOCUMENTS, documents - first))
 
 
 def too_much_damage(damaged: Sequence[Damage], *, count: int, max_damaged: int) -> UserError:
@@ -224,8 +248,8 @@ def too_much_damage(damaged: Sequence[Damage], *, count: int, max_damaged: int) 
     if max_damaged == 0:
         return UserError(damaged[0].problem)
     return UserError(
-        f"{count} damaged records, more than max_damaged ({max_damaged}), the last one: {damaged[-1].problem};"
-        " mend them, or raise max_damaged to leave them out"
+        f"{count} damaged records, more than --max-damaged ({max_damaged}), the last one: {damaged[-1].problem};"
+        " mend them, or raise --max-damaged to leave them out"
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megallama.data.history import History, Mix, MixSource, Pace, Segment
@@ -32,6 +34,24 @@ def to_plain(history: History, *, step: int) -> dict[str, Any]:
         ],
         "consumed": _plain_used(history, step),
     }
+
+
+def read_ledger(run_dir: Path) -> History:
+    """The history that the run in `run_dir` recorded.
+
+    Raises:
+        UserError: there is none, or `from_plain` refuses it.
+    """
+    path = run_dir / LEDGER_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} does not exist: give the folder of a run (of a megallama that records its data)"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): start the run again, which writes it") from error
+    return from_plain(values)
 
 
 def from_plain(values: Any) -> History:

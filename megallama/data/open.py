@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def open_data(config: RunConfig) -> RunData:
         ConfigError: missing or damaged files, all at once, or a vocabulary larger than the model's.
         UserError: a source too short for one sample, one named twice, or a weight that is none.
     """
-    entries = list(all_entries(config))
+    entries = list(config.data.all_sources())
     paths = dict.fromkeys(entry.path for entry in entries)
     problems = [problem for path in paths for problem in check_token_file(path)]
     if problems:
@@ -106,21 +106,13 @@ def open_past(history: History, *, index_folder: Path) -> SourceShelf:
     return SourceShelf(list(opened.values()), index_folder=index_folder)
 
 
-def all_entries(config: RunConfig) -> Iterator[SourceConfig]:
-    """Every source that `config` names, scheduled ones and validation too."""
-    yield from config.data.sources
-    for entry in config.data.schedule:
-        yield from entry.sources
-    yield from config.data.validation
-
-
 _Opened = dict[tuple[str, float], tuple[JoinedSource, JoinedSource | None]]
 """(path, validation fraction) -> (what is trained on, what is held out)."""
 
 
 def _open_sources(config: RunConfig, files: dict[str, list[TokenFile]]) -> _Opened:
     opened: _Opened = {}
-    for entry in all_entries(config):
+    for entry in config.data.all_sources():
         key = (entry.path, entry.validation_fraction)
         if key not in opened:
             whole = JoinedSource(entry.path, files[entry.path], content=_content(entry.path))

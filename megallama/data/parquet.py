@@ -49,7 +49,7 @@ def read_rows(
     if kind is None or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         have = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:8])
         raise UserError(
-            f"file {file.path} has no column {text_field!r} of text (it has {have}): set text_field"
+            f"file {file.path} has no column {text_field!r} of text (it has {have}): name the column with --text-field"
         )
     row = sum(reader.metadata.row_group(group).num_rows for group in range(first))
     try:

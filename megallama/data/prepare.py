@@ -179,24 +179,24 @@ def _check_numbers(
 ) -> None:
     if not 0 <= validation_fraction < 1:
         raise UserError(
-            f"validation_fraction ({validation_fraction}) must be in [0, 1): use 0.01, or 0 for no split"
+            f"--validation-fraction ({validation_fraction}) must be in [0, 1): use 0.01, or 0 for no split"
         )
     if workers is not None and workers < 1:
-        raise UserError(f"workers ({workers}) must be at least 1: leave it out to use all cores")
+        raise UserError(f"--workers ({workers}) must be at least 1: leave it out to use all cores")
     if shard_tokens is not None and shard_tokens < 1:
         raise UserError(
-            f"shard_tokens ({shard_tokens}) must be at least 1: 1000000000 is usual; leave it out for one file"
+            f"--shard-tokens ({shard_tokens}) must be at least 1: 1000000000 is usual; leave it out for one file"
         )
     if max_damaged < 0:
         raise UserError(
-            f"max_damaged ({max_damaged}) must be at least 0: 0 stops at the first damaged record"
+            f"--max-damaged ({max_damaged}) must be at least 0: 0 stops at the first damaged record"
         )
 
 
 def _one_document() -> UserError:
     return UserError(
-        "the corpus is one document, which cannot be split: set validation_fraction=0, give more"
-        " files, or use documents=blank_line to cut text files at blank lines"
+        "the corpus is one document, which cannot be split: give --validation-fraction 0, more"
+        " files, or --documents blank_line to cut text files at blank lines"
     )
 
 

@@ -133,18 +133,17 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     return Manifest(**{name: content[name] for name in kinds})
 
 
-def check_token_file(prefix: str | Path, *, checksums: bool = False) -> list[str]:
+def check_token_file(prefix: str | Path) -> list[str]:
     """Problems of the token file at `prefix`; none: it can be opened.
 
-    Reads a few hundred bytes, so it suits a login node; `checksums` reads everything and compares
-    with the manifest.
+    Reads a few hundred bytes, so it suits a login node; `checksums.compare_checksums` reads everything.
     """
     try:
         manifest = read_manifest(prefix)
     except UserError as error:
         return [str(error)]
     if manifest is not None and manifest.shards:
-        return _check_shards(prefix, manifest, checksums=checksums)
+        return _check_shards(prefix, manifest)
     missing = [suffix for suffix in (".bin", ".idx") if not os.path.isfile(f"{prefix}{suffix}")]
     if missing:
         hint = "prepare it, or correct the path"
@@ -154,7 +153,7 @@ def check_token_file(prefix: str | Path, *, checksums: bool = False) -> list[str
     try:
         problems = _check_index(str(prefix), os.path.getsize(f"{prefix}.bin"))
         if not problems:
-            problems = _check_manifest(str(prefix), manifest, checksums=checksums)
+            problems = _check_manifest(str(prefix), manifest)
     except OSError as error:
         return [f"token file {prefix} cannot be read ({error.strerror}): check its permissions"]
     return problems
@@ -193,9 +192,9 @@ def _check_index(prefix: str, bin_bytes: int) -> list[str]:
     return []
 
 
-def _check_shards(prefix: str | Path, whole: Manifest, *, checksums: bool) -> list[str]:
+def _check_shards(prefix: str | Path, whole: Manifest) -> list[str]:
     prefixes = [shard_name(prefix, number) for number in range(whole.shards)]
-    problems = [problem for shard in prefixes for problem in check_token_file(shard, checksums=checksums)]
+    problems = [problem for shard in prefixes for problem in check_token_file(shard)]
     if problems:
         return problems
     manifests = [read_manifest(shard) for shard in prefixes]
@@ -220,20 +219,17 @@ def _is_joined(shards: Sequence[Manifest], whole: Manifest) -> bool:
     return replace(joined, parts_sha256="") == whole
 
 
-def _check_manifest(prefix: str, manifest: Manifest | None, *, checksums: bool) -> list[str]:
+def _check_manifest(prefix: str, manifest: Manifest | None) -> list[str]:
     if manifest is None:
         return []
     with open(f"{prefix}.idx", "rb") as stream:
         _, _, code, _, entries = INDEX_HEADER.unpack(stream.read(INDEX_HEADER.size))
     bin_bytes = os.path.getsize(f"{prefix}.bin")
-    pairs: dict[str, tuple[int | str, int | str]] = {
+    pairs: dict[str, tuple[int, int]] = {
         "bytes of .bin": (bin_bytes, manifest.bin_bytes),
         "documents": (entries - 1, manifest.documents),
         "tokens": (bin_bytes // _ITEM_BYTES[code], manifest.tokens),
     }
-    if checksums:
-        pairs["sha256 of .bin"] = (sha256_of(f"{prefix}.bin"), manifest.bin_sha256)
-        pairs["sha256 of .idx"] = (sha256_of(f"{prefix}.idx"), manifest.idx_sha256)
     return [
         f"token file {prefix} disagrees with its manifest ({name}: {found}, not {stated}): {_PREPARE_AGAIN}"
         for name, (found, stated) in pairs.items()

@@ -120,7 +120,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if existing and not overwrite:
         raise UserError(
             f"output {output} holds prepared data already ({', '.join(existing[:6])}):"
-            " choose another folder or set overwrite"
+            " choose another folder, or give --overwrite"
         )
 
 

@@ -6,13 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megallama.data.encoding import open_unit, token_type
+from megallama.data.encoding import read_draws, read_unit, token_type
 from megallama.data.origins import SUFFIX
 from megallama.data.prepared import (
     INDEX_HEADER,
@@ -28,14 +29,42 @@ from megallama.data.tokenizer_interface import Tokenizer
 TRAIN = "train"
 VALID = "valid"
 
+_LENGTHS_AT_ONCE = 1 << 14
+_TOKENS_AT_ONCE = 1 << 18
 _TYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
+
+
+class Lengths:
+    """Tokens of each document, kept in a file without a name in `folder`, not in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.count = 0
+        self._stream = TemporaryFile(dir=folder, buffering=1 << 20)  # noqa: SIM115 (closed by close)
+
+    def append(self, lengths: npt.NDArray[np.integer]) -> None:
+        """Add those of further documents."""
+        self._stream.write(lengths.astype("<i4").data)
+        self.count += lengths.size
+
+    def parts(self) -> Iterator[npt.NDArray[np.int32]]:
+        """All of them, some ten thousand at a time."""
+        self._stream.flush()
+        for first in range(0, self.count, _LENGTHS_AT_ONCE):
+            count = min(_LENGTHS_AT_ONCE, self.count - first)
+            self._stream.seek(4 * first)
+            yield np.frombuffer(self._stream.read(4 * count), dtype="<i4")
+        self._stream.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        self._stream.close()
 
 
 class TokenWriter:
     """One `.bin`/`.idx` pair in megatron-core's format, with manifest, written from arrays.
 
     megatron-core 0.16.1's builder takes a document a call and keeps Python lists of all lengths; this
-    one keeps four bytes a document. `tests/data/test_token_writer.py` holds the two to the same bytes.
+    one keeps nothing in memory. `tests/data/test_token_writer.py` holds the two to the same bytes.
     """
 
     def __init__(self, prefix: str | Path, *, tokenizer: Tokenizer) -> None:
@@ -45,7 +74,7 @@ class TokenWriter:
         self._tokenizer = tokenizer
         self._dtype = np.dtype(token_type(tokenizer.vocab_size))
         self._digest = hashlib.sha256()
-        self._lengths: list[npt.NDArray[np.int32]] = []
+        self.lengths = Lengths(Path(prefix).parent)
         self._stream = open(f"{prefix}.bin", "wb", buffering=1 << 20)  # noqa: SIM115 (closed by __exit__)
         self._origins = open(f"{prefix}{SUFFIX}", "wb", buffering=1 << 20)  # noqa: SIM115
 
@@ -57,6 +86,7 @@ class TokenWriter:
     ) -> None:
         self._stream.close()
         self._origins.close()
+        self.lengths.close()
 
     def add(
         self,
@@ -71,7 +101,7 @@ class TokenWriter:
         content = np.ascontiguousarray(tokens).view(np.uint8).data
         self._stream.write(content)
         self._digest.update(content)
-        self._lengths.append(lengths.astype(np.int32))
+        self.lengths.append(lengths)
         self.tokens += tokens.size
         self.documents += lengths.size
 
@@ -82,7 +112,7 @@ class TokenWriter:
             os.fsync(stream.fileno())
             stream.close()
         with open(f"{self.prefix}.idx", "wb") as stream:
-            for part in index_parts(self.lengths(), self._dtype):
+            for part in index_parts(self.lengths, self._dtype):
                 stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
@@ -100,18 +130,20 @@ class TokenWriter:
         write_manifest(self.prefix, manifest)
         return manifest
 
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each document so far."""
-        return np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
 
-
-def index_parts(lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> Iterator[bytes]:
+def index_parts(lengths: Lengths, dtype: np.dtype[Any]) -> Iterator[bytes]:
     """megatron-core's index of documents of these lengths, part after part."""
-    ends = np.cumsum(lengths, dtype=np.int64)
-    yield INDEX_HEADER.pack(INDEX_MAGIC, 1, _TYPE_CODES[dtype], lengths.size, lengths.size + 1)
-    yield lengths.tobytes()
-    yield ((ends - lengths) * dtype.itemsize).tobytes()
-    yield np.arange(lengths.size + 1, dtype=np.int64).tobytes()
+    yield INDEX_HEADER.pack(INDEX_MAGIC, 1, _TYPE_CODES[dtype], lengths.count, lengths.count + 1)
+    for part in lengths.parts():
+        yield part.tobytes()
+    start = 0
+    for part in lengths.parts():
+        ends = start + np.cumsum(part, dtype=np.int64)
+        yield ((ends - part) * dtype.itemsize).tobytes()
+        start = int(ends[-1])
+    for first in range(0, lengths.count + 1, _LENGTHS_AT_ONCE):
+        end = min(first + _LENGTHS_AT_ONCE, lengths.count + 1)
+        yield np.arange(first, end, dtype=np.int64).tobytes()
 
 
 class ShardedWriter:
@@ -125,7 +157,7 @@ class ShardedWriter:
         self._finished: list[Manifest] = []
         # Of the one file that the shards would make, by which the source is known.
         self._digest = hashlib.sha256()
-        self._lengths: list[npt.NDArray[np.int32]] = []
+        self._lengths = Lengths(prefix.parent)
         self._writer = self._next_writer()
 
     def __enter__(self) -> ShardedWriter:
@@ -135,6 +167,7 @@ class ShardedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._writer.__exit__(kind, error, trace)
+        self._lengths.close()
 
     def add(
         self,
@@ -167,15 +200,18 @@ class ShardedWriter:
             return self._writer.finish()
         shards = [*self._finished, self._finish_shard()]
         index = hashlib.sha256()
-        for part in index_parts(np.concatenate(self._lengths), self._dtype):
+        for part in index_parts(self._lengths, self._dtype):
             index.update(part)
         whole = join_manifests(shards, bin_sha256=self._digest.hexdigest(), idx_sha256=index.hexdigest())
         write_manifest(self._prefix, whole)
         return whole
 
     def _finish_shard(self) -> Manifest:
-        self._lengths.append(self._writer.lengths())
-        return self._writer.finish()
+        for part in self._writer.lengths.parts():
+            self._lengths.append(part)
+        manifest = self._writer.finish()
+        self._writer.lengths.close()
+        return manifest
 
     def _next_writer(self) -> TokenWriter:
         if self._shard_tokens is None:
@@ -206,22 +242,29 @@ def join_units(
     }
     try:
         for number, path in enumerate(paths):
-            unit = open_unit(path, vocab_size=tokenizer.vocab_size)
-            origins = np.stack([files_of[number][unit.stretches], unit.places], axis=1)
-            counts += np.bincount(unit.tokens, minlength=tokenizer.vocab_size)
-            if not validation_fraction:
-                writers[TRAIN].add(unit.tokens, unit.lengths, origins)
-                continue
-            is_valid = unit.draws < validation_fraction
-            if moved is not None and moved[0] == number:
-                is_valid[moved[1]] = not is_valid[moved[1]]
-            for name, chosen in ((TRAIN, ~is_valid), (VALID, is_valid)):
-                tokens = unit.tokens[np.repeat(chosen, unit.lengths)]
-                writers[name].add(tokens, unit.lengths[chosen], origins[chosen])
+            first = 0
+            for part in read_unit(path, vocab_size=tokenizer.vocab_size):
+                origins = np.stack([files_of[number][part.stretches], part.places], axis=1)
+                _count(part.tokens, counts)
+                is_valid = part.draws < validation_fraction
+                if moved is not None and moved[0] == number and 0 <= moved[1] - first < is_valid.size:
+                    is_valid[moved[1] - first] ^= True
+                for name, chosen in ((TRAIN, ~is_valid), (VALID, is_valid)):
+                    if not chosen.any():
+                        continue
+                    tokens = part.tokens if chosen.all() else part.tokens[np.repeat(chosen, part.lengths)]
+                    writers[name].add(tokens, part.lengths[chosen], origins[chosen])
+                first += is_valid.size
         return {name: writer.finish() for name, writer in writers.items()}, counts
     finally:
         for writer in writers.values():
             writer.__exit__(None, None, None)
+
+
+def _count(tokens: npt.NDArray[np.integer], counts: npt.NDArray[np.int64]) -> None:
+    """Add how often each token occurs; `bincount` makes eight bytes of each, so some at a time."""
+    for first in range(0, tokens.size, _TOKENS_AT_ONCE):
+        counts += np.bincount(tokens[first : first + _TOKENS_AT_ONCE], minlength=counts.size)
 
 
 def _moved(paths: Sequence[Path], vocab_size: int, fraction: float) -> tuple[int, int] | None:
@@ -229,14 +272,14 @@ def _moved(paths: Sequence[Path], vocab_size: int, fraction: float) -> tuple[int
     sides: set[bool] = set()
     nearest: tuple[float, int, int] | None = None
     for number, path in enumerate(paths):
-        draws = open_unit(path, vocab_size=vocab_size).draws
-        if not draws.size:
-            continue
-        sides.update((draws < fraction).tolist())
-        if len(sides) == 2:
-            return None
-        distances = np.abs(draws - fraction)
-        at = int(np.argmin(distances))
-        if nearest is None or distances[at] < nearest[0]:
-            nearest = (float(distances[at]), number, at)
+        first = 0
+        for draws in read_draws(path, vocab_size=vocab_size):
+            sides.update(np.unique(draws < fraction).tolist())
+            if len(sides) == 2:
+                return None
+            distances = np.abs(draws - fraction)
+            at = int(np.argmin(distances))
+            if nearest is None or distances[at] < nearest[0]:
+                nearest = (float(distances[at]), number, first + at)
+            first += draws.size
     return nearest[1:] if nearest else None

@@ -18,7 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 from megallama.data.script import NO_LETTERS, count_scripts
 from megallama.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megallama.data.tokenizer_interface import SPACE_MARK
-from megallama.data.tokenizer_training import write_model
+from megallama.data.tokenizer_training import check_model_output, write_model
 from megallama.host.errors import UserError
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -51,6 +51,7 @@ def merge_tokenizers(
     *,
     max_pieces: int | None = None,
     scripts: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> MergeReport:
     """Writes `<output>/tokenizer.model`: all of `first`, then the pieces of `second` that it lacks.
 
@@ -60,17 +61,18 @@ def merge_tokenizers(
         output: Folder of the result.
         max_pieces: At most so many pieces are added, the best ones.
         scripts: Only pieces whose letters are all of these scripts (`han`, `latin`, ...); empty: all.
+        overwrite: Replace the tokenizer of that folder.
 
     Raises:
-        UserError: a file that is no sentencepiece model, models of different types, nothing to add.
+        UserError: a file that is no sentencepiece model, models of different types, nothing to add, an output
+            that cannot be written or has a tokenizer already.
     """
     base, other = (_load(path, role) for path, role in ((first, "first"), (second, "second")))
     _check_pair(base, other)
     if max_pieces is not None and max_pieces < 1:
         raise UserError(f"max_pieces ({max_pieces}) must be at least 1: leave it out to add all pieces")
     folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {folder} is a file: name a folder")
+    check_model_output(folder, overwrite=overwrite)
     chosen, skipped = _choose(base, other, scripts=frozenset(scripts))
     if max_pieces is not None and len(chosen) > max_pieces:
         skipped["beyond max_pieces"] = len(chosen) - max_pieces

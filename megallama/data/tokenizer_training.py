@@ -54,7 +54,9 @@ def train_tokenizer(
     documents: Documents = "file",
     separator: str = "",
     text_field: str = "text",
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> Path:
     """Trains a tokenizer on `inputs` and writes `<output>/tokenizer.model`; returns that path.
 
@@ -63,11 +65,13 @@ def train_tokenizer(
     own mark for a space, becomes a space). A corpus above `sample_bytes` is sampled by lines, each
     line with equal chance. The same inputs and seed give the same file. `user_symbols` are each one token
     wherever they stand. Without `byte_fallback` a character that the sample lacks is lost. `progress` is called
-    with (bytes of text read, bytes of the files) while the sample is taken.
+    with (bytes of text read, bytes of the files) while the sample is taken, `announce` with one line when the
+    training begins, which sentencepiece does in silence.
 
     Raises:
         UserError: inputs that `expand_inputs` or `read_documents` refuse, an empty corpus, a
-            vocabulary too large or too small for it, an output that cannot be written.
+            vocabulary too large or too small for it, an output that cannot be written or has a
+            tokenizer already, without `overwrite`.
     """
     reserved = len(user_symbols) + (_BYTE_AND_CONTROL_PIECES if byte_fallback else 3)
     _check_arguments(vocab_size, model_type, character_coverage, sample_bytes, reserved)
@@ -77,13 +81,18 @@ def train_tokenizer(
             f"normalization ({normalization!r}) is unknown: use {', '.join(get_args(Normalization))}"
         )
     folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {folder} is a file: name a folder")
+    check_model_output(folder, overwrite=overwrite)
     files = expand_inputs(inputs, suffixes=suffixes)
     reading = Reading(documents=documents, text_field=text_field, separator=separator)
     lines = sample_lines(_texts(files, reading, progress), seed=seed, sample_bytes=sample_bytes)
     if not lines:
         raise empty_corpus(files)
+    if announce is not None:
+        size = sum(len(line.encode()) for line in lines)
+        announce(
+            f"training {model_type} of {vocab_size:,} ids on {len(lines):,} lines ({size / 1e6:.1f} MB) of"
+            f" {len(files):,} files: minutes for some hundred MB, in silence"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -195,6 +204,32 @@ def _training_failed(text: str, vocab_size: int) -> UserError:
     return UserError(f"sentencepiece refused the training ({text.strip()}): change what it names")
 
 
+def check_model_output(folder: str | Path, *, overwrite: bool) -> None:
+    """That a model can be written to `folder` and replaces none; nothing is made there.
+
+    Raises:
+        UserError: it cannot, or would, without `overwrite`.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file: name a folder")
+    path = folder / SENTENCEPIECE_FILE
+    if path.exists() and not overwrite:
+        raise UserError(
+            f"output {folder} holds a tokenizer already ({SENTENCEPIECE_FILE}); data prepared with it fits no other:"
+            " choose another folder, or give --overwrite"
+        )
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(f"tokenizer {path} cannot be written ({error.strerror}): choose another folder")
+
+
 def write_model(folder: Path, model: bytes) -> Path:
     """Writes `<folder>/tokenizer.model` whole or not at all."""
     path = folder / SENTENCEPIECE_FILE
@@ -211,7 +246,5 @@ def write_model(folder: Path, model: bytes) -> Path:
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise UserError(
-            f"tokenizer {path} cannot be written ({error.strerror}): choose another folder"
-        ) from error
+        raise _not_writable(path, error) from error
     return path

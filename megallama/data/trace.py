@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megallama.data.ledger import LEDGER_FILE, from_plain
+from megallama.data.ledger import read_ledger
 from megallama.data.open import INDEX_FOLDER, open_past
 from megallama.data.origins import origin_of
 from megallama.data.source import Place
@@ -101,16 +100,7 @@ def trace_step(
 
 
 def _open_stream(run_dir: Path) -> SampleStream:
-    path = run_dir / LEDGER_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} does not exist: give the folder of a run (of a megallama that records its data)"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): start the run again, which writes it") from error
-    history = from_plain(values)
+    history = read_ledger(run_dir)
     return SampleStream(history, open_past(history, index_folder=run_dir / INDEX_FOLDER))
 
 

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,13 @@ class StepLines:
     """A file of one JSON object a step, each flushed, so that a crash costs no completed step."""
 
     def __init__(self, path: Path, *, first_step: int) -> None:
-        """Open `path`; lines of steps after `first_step`, which an interrupted run left, are dropped."""
+        """Open `path`; lines of steps after `first_step`, which an interrupted run left, are dropped.
+
+        Raises:
+            ValueError: it holds something else than such lines.
+        """
         if path.exists():
-            _cut_after(path, step=first_step)
+            self._cut_after(path, step=first_step)
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, line: str) -> None:
@@ -42,6 +47,29 @@ class StepLines:
         os.fsync(self._file.fileno())
         self._file.close()
 
+    def _cut_after(self, path: Path, *, step: int) -> None:
+        """Rewrite the file with the steps up to `step`; a crash on the way leaves the old file."""
+        partial = path.with_name(path.name + ".partial")
+        damaged: dict[int, bytes] = {}
+        with partial.open("wb") as kept:
+            for number, (line, row) in enumerate(_complete_lines(path), start=1):
+                if row is None or not self._is_ours(row):
+                    damaged[number] = line
+                elif row[STEP] <= step:
+                    kept.write(line)
+            kept.flush()
+            os.fsync(kept.fileno())
+        if damaged:
+            self._treat_damaged(path, damaged)
+        os.replace(partial, path)
+
+    def _is_ours(self, row: Mapping[str, Any]) -> bool:
+        return True
+
+    def _treat_damaged(self, path: Path, damaged: Mapping[int, bytes]) -> None:
+        path.with_name(path.name + ".partial").unlink()
+        raise ValueError(f"{_named(list(damaged))} cannot be read")
+
 
 class JsonlSink(StepLines):
     """The metrics of a run."""
@@ -49,6 +77,16 @@ class JsonlSink(StepLines):
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Append one step."""
         self.append(to_line({STEP: step, **numbers}))
+
+    def _is_ours(self, row: Mapping[str, Any]) -> bool:
+        return _is_numbers(row)
+
+    def _treat_damaged(self, path: Path, damaged: Mapping[int, bytes]) -> None:
+        """Put them in a file beside it: their steps are not done again, so they may be all that is left of them."""
+        aside = path.with_name(path.name + DAMAGED_SUFFIX)
+        with aside.open("ab") as lines:
+            lines.writelines(damaged.values())
+        log.warning("%s: %s cannot be read and moved to %s", path, _named(list(damaged)), aside.name)
 
 
 def to_line(numbers: Mapping[str, float]) -> str:
@@ -65,14 +103,14 @@ def load_metrics(path: Path) -> list[dict[str, float]]:
     A last line without its end, which a killed process may leave, is left out. So are damaged lines, with one
     warning.
     """
-    lines = list(_complete_lines(path))
+    lines = [(line, row if _is_numbers(row) else None) for line, row in _complete_lines(path)]
     damaged = [number for number, (_, row) in enumerate(lines, start=1) if row is None]
     if damaged:
         log.warning("%s: %s cannot be read and left out", path, _named(damaged))
     return [row for _, row in lines if row is not None]
 
 
-def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, float] | None]]:
+def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Each line and what it says; None where it is damaged."""
     with path.open("rb") as lines:
         for line in lines:
@@ -81,7 +119,11 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, float] | None
             yield line, _row(line)
 
 
-def _row(line: bytes) -> dict[str, float] | None:
+def _is_numbers(row: Mapping[str, Any] | None) -> bool:
+    return row is not None and all(isinstance(value, int | float) for value in row.values())
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line.decode())
         if not isinstance(row, dict) or not isinstance(row.get(STEP), int):
@@ -90,30 +132,7 @@ def _row(line: bytes) -> dict[str, float] | None:
             row[key] = float(text)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return row if all(isinstance(value, int | float) for value in row.values()) else None
-
-
-def _cut_after(path: Path, *, step: int) -> None:
-    """Rewrite the file with the steps up to `step`; a crash on the way leaves the old file.
-
-    Damaged lines go to a file beside it: their steps are not done again, so they may be all that is left of them.
-    """
-    partial = path.with_name(path.name + ".partial")
-    damaged: dict[int, bytes] = {}
-    with partial.open("wb") as kept:
-        for number, (line, row) in enumerate(_complete_lines(path), start=1):
-            if row is None:
-                damaged[number] = line
-            elif row[STEP] <= step:
-                kept.write(line)
-        kept.flush()
-        os.fsync(kept.fileno())
-    if damaged:
-        aside = path.with_name(path.name + DAMAGED_SUFFIX)
-        with aside.open("ab") as lines:
-            lines.writelines(damaged.values())
-        log.warning("%s: %s cannot be read and moved to %s", path, _named(list(damaged)), aside.name)
-    os.replace(partial, path)
+    return row
 
 
 def _named(numbers: list[int]) -> str:

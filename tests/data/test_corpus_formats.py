@@ -213,7 +213,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "parquet without the column": (
         "a.parquet",
         lambda p: parquet_of(p, ["x"], name="body"),
-        r"a\.parquet has no column 'text' of text \(it has body: string\): set text_field",
+        r"a\.parquet has no column 'text' of text \(it has body: string\): name the column",
     ),
     "parquet with an empty cell": (
         "a.parquet",

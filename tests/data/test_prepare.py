@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
+from megallama.data.checksums import checksum_problems
 from megallama.data.encoding import draw_of
 from megallama.data.origins import origin_of
 from megallama.data.prepare import prepare
-from megallama.data.prepared import check_token_file, read_manifest, shard_prefixes
+from megallama.data.prepared import read_manifest, shard_prefixes
 from megallama.data.token_file import TokenFile
 from megallama.data.token_writer import TokenWriter
 from megallama.data.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def test_every_document_is_in_one_split_and_decodes_to_its_text(
         assert manifest.tokens == split.tokens == opened.num_tokens
         assert manifest.bin_bytes == split.bin_bytes == 2 * opened.num_tokens
         assert manifest.bin_sha256 == hashlib.sha256(Path(f"{split.prefix}.bin").read_bytes()).hexdigest()
-        assert check_token_file(split.prefix, checksums=True) == []
+        assert checksum_problems(split.prefix) == []
 
 
 def test_every_document_is_traced_to_its_place(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_existing_data_is_kept_unless_told_otherwise(
     assert contents(tmp_path) == before
     prepare([corpus], tmp_path, tokenizer=tokenizer_path, workers=1, overwrite=True, validation_fraction=0.5)
     assert names(tmp_path) == ALL_NAMES and contents(tmp_path) != before
-    assert check_token_file(tmp_path / "train", checksums=True) == []
+    assert checksum_problems(tmp_path / "train") == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megallama.data import token_writer
+from megallama.data.checksums import checksum_problems
 from megallama.data.encoding import EncodedUnit, token_type
 from megallama.data.open import open_files
 from megallama.data.prepare import prepare
@@ -50,7 +51,25 @@ def test_the_bytes_are_those_of_megatron_core(tmp_path: Path, vocab_size: int) -
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
-    assert check_token_file(tmp_path / "ours", checksums=True) == []
+    assert checksum_problems(tmp_path / "ours") == []
+
+
+def parts_of(unit: EncodedUnit, documents: int) -> list[EncodedUnit]:
+    """The same, so many documents at a time."""
+    ends = np.concatenate([[0], np.cumsum(unit.lengths)])
+    parts = []
+    for first in range(0, unit.lengths.size, documents):
+        end = min(first + documents, unit.lengths.size)
+        parts.append(
+            EncodedUnit(
+                tokens=unit.tokens[ends[first] : ends[end]],
+                lengths=unit.lengths[first:end],
+                draws=unit.draws[first:end],
+                stretches=unit.stretches[first:end],
+                places=unit.places[first:end],
+            )
+        )
+    return parts
 
 
 @settings(max_examples=100, deadline=None)
@@ -59,6 +78,7 @@ def test_the_bytes_are_those_of_megatron_core(tmp_path: Path, vocab_size: int) -
     fraction=st.floats(0.001, 0.999),
     shard_tokens=st.none() | st.integers(1, 12),
     seed=st.integers(0, 99),
+    part_documents=st.integers(1, 5),
 )
 def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
     tmp_path_factory: pytest.TempPathFactory,
@@ -66,13 +86,14 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
     fraction: float,
     shard_tokens: int | None,
     seed: int,
+    part_documents: int,
 ) -> None:
     flat = [draw for unit in draws for draw in unit]
     if len(flat) < 2:
         return
     lengths = np.random.default_rng(seed).integers(1, 6, size=len(flat))
     ends = np.cumsum([len(unit) for unit in draws])
-    units = {}
+    units: dict[Path, EncodedUnit] = {}
     for number, unit in enumerate(draws):
         mine = range(ends[number] - len(unit), ends[number])
         units[Path(str(number))] = EncodedUnit(
@@ -84,7 +105,14 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
         )
     folder = tmp_path_factory.mktemp("splits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_writer, "open_unit", lambda path, vocab_size: units[path])
+        patch.setattr(
+            token_writer, "read_unit", lambda path, vocab_size: parts_of(units[path], part_documents)
+        )
+        patch.setattr(
+            token_writer,
+            "read_draws",
+            lambda path, vocab_size: [part.draws for part in parts_of(units[path], part_documents)],
+        )
         manifests, counts = join_units(
             list(units),
             folder,
@@ -97,7 +125,7 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
     found: dict[str, list[int]] = {}
     for name, manifest in manifests.items():
         assert read_manifest(folder / name) == manifest
-        assert check_token_file(folder / name, checksums=True) == []
+        assert checksum_problems(folder / name) == []
         files = [TokenFile(prefix) for prefix in shard_prefixes(folder / name)]
         assert (len(files) == manifest.shards) if shard_tokens else (manifest.shards == 0)
         documents = [

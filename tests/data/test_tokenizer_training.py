@@ -160,3 +160,39 @@ def test_lines_between_documents_are_not_learned(tmp_path: Path) -> None:
         learned.append({loaded.decode([i]) for i in range(259, loaded.vocab_size)})
     assert "卷" in "".join(learned[0]) and "卷" not in "".join(learned[1])
     assert "势" in "".join(learned[1])
+
+
+def test_a_tokenizer_is_replaced_only_when_asked(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "词表"
+    words = ["tokenizer", "train", str(corpus), "--output", str(out), "--vocab-size"]
+    assert main([*words, "390"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("training bpe of 390 ids on ") and " of 40 files: " in said
+    before = (out / "tokenizer.model").read_bytes()
+    message = f"error: output {out} holds a tokenizer already (tokenizer.model)"
+    assert main([*words, "400"]) == 2
+    assert capsys.readouterr().err.startswith(message)
+    assert (out / "tokenizer.model").read_bytes() == before
+    merge = ["tokenizer", "merge", str(out), str(out), "--output", str(out)]
+    assert main(merge) == 2
+    assert capsys.readouterr().err.startswith(message)
+    assert main([*words, "400", "--overwrite"]) == 0
+    assert load_tokenizer(out).vocab_size == 400
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_corpus_is_read(
+    corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    told: list[object] = []
+    with pytest.raises(UserError, match="tokenizer .*tokenizer.model cannot be written .Not a directory"):
+        train_tokenizer(
+            [corpus],
+            tmp_path / "file" / "out",
+            vocab_size=390,
+            progress=lambda *numbers: told.append(numbers),
+            announce=told.append,
+        )
+    assert told == []
