@@ -9,8 +9,10 @@ from pathlib import Path
 
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
+from megallama.data.open import check_data
 from megallama.data.prepared import check_token_file, read_manifest
 from megallama.data.tokenizer import load_tokenizer
+from megallama.model.hugging_face_names import canonical_tensors
 
 
 def check_run(config: RunConfig, *, world_size: int | None) -> None:
@@ -29,6 +31,8 @@ def check_run(config: RunConfig, *, world_size: int | None) -> None:
         check_token_file=check_token_file,
         read_manifest=read_manifest,
         load_tokenizer=lambda path: load_tokenizer(Path(path)),
+        parameter_names=canonical_tensors,
+        check_data=check_data,
         check_weights=_check_weights,
     )
 

@@ -64,17 +64,18 @@ class TokenFile:
             raise ConfigError(problems)
         self.name = str(prefix)
         self.manifest: Manifest | None = read_manifest(prefix)
-        index = np.memmap(f"{prefix}.idx", mode="r")
-        _, _, code, sequences, entries = INDEX_HEADER.unpack(index[:_HEADER_BYTES].tobytes())
+        with open(f"{prefix}.idx", "rb") as stream:
+            index = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        _, _, code, sequences, entries = INDEX_HEADER.unpack(index[:_HEADER_BYTES])
         self._dtype = np.dtype(_NUMBER_FORMATS[code])
         # A document of Megatron's may be several sequences (sentences); they stand one after another in .bin.
         after_lengths = _HEADER_BYTES + 4 * sequences
-        self._pointers = np.frombuffer(index.base, "<i8", count=sequences, offset=after_lengths)
+        self._pointers = np.frombuffer(index, "<i8", count=sequences, offset=after_lengths)
         self._first_sequence = np.frombuffer(
-            index.base, "<i8", count=entries, offset=after_lengths + 8 * sequences
+            index, "<i8", count=entries, offset=after_lengths + 8 * sequences
         )
         self._search_pointers, self._search_first = _numbers(self._pointers), _numbers(self._first_sequence)
-        last_length = int(np.frombuffer(index.base, "<i4", count=1, offset=after_lengths - 4)[0])
+        last_length = int(np.frombuffer(index, "<i4", count=1, offset=after_lengths - 4)[0])
         last_byte = int(self._pointers[-1]) + last_length * self._dtype.itemsize
         self.num_tokens = last_byte // self._dtype.itemsize
         """Tokens of all documents."""
@@ -82,7 +83,7 @@ class TokenFile:
         """Number of documents."""
         mapped = np.memmap(f"{prefix}.bin", dtype=self._dtype, mode="r", shape=(self.num_tokens,))
         self._tokens = mapped.view(np.ndarray)
-        self._maps: tuple[mmap.mmap, mmap.mmap] = mapped.base, index.base
+        self._maps: tuple[mmap.mmap, mmap.mmap] = mapped.base, index
         self._num_bytes = self.num_tokens * self._dtype.itemsize, len(self._maps[1])
 
     @cached_property
