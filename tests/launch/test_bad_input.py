@@ -208,6 +208,26 @@ def test_bad_flags(case: str, workplace: Workplace) -> None:
     assert_refused(outcome, expected)
 
 
+def test_check_takes_the_words_of_the_entry_in_any_order(workplace: Workplace) -> None:
+    (workplace.folder / "conf" / "model").mkdir(parents=True)
+    shape = (ROOT / "conf" / "model" / "llama_tiny.yaml").read_text(encoding="utf-8")
+    (workplace.folder / "conf" / "model" / "我的.yaml").write_text(
+        shape.replace("llama_tiny", "我的"), encoding="utf-8"
+    )
+    first, *rest = workplace.arguments
+    words = ["check", first, "--world-size", "1", *rest, "--multirun", "optim.lr=1e-3,2e-3", "-cd", "conf"]
+    words += ["model=我的,llama_tiny", "train.steps=3"]
+    words.remove(first)
+    with unchanged(workplace.folder):
+        outcome = run_command(megallama_command, words, folder=workplace.folder)
+        refused = run_command(megallama_command, [*words, "zero.stage=1,7"], folder=workplace.folder)
+        unknown = run_command(megallama_command, [*words, "--steps=1"], folder=workplace.folder)
+    assert outcome.code == 0, outcome.output
+    assert [line.split(",")[0] for line in outcome.output.splitlines()] == ["ok: 我的", "ok: llama_tiny"] * 2
+    assert refused.code == EXIT_USER_ERROR and refused.message.startswith("zero.stage (7) must be"), refused
+    assert unknown.code == EXIT_USER_ERROR and "unrecognized arguments: --steps=1" in unknown.output
+
+
 @pytest.mark.parametrize("case", FILES)
 def test_damaged_files(case: str, workplace: Workplace) -> None:
     spoil, expected = FILES[case]
