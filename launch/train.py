@@ -10,7 +10,6 @@ python launch/train.py +exp=demo --cfg job                        only show the 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -18,14 +17,12 @@ from pathlib import Path
 
 import hydra
 
-from megallama.config.load import ROOT, expand_sweep, hydra_words, load_config
-from megallama.config.schema import RunConfig
+from megallama.config.jobs import load_jobs
+from megallama.config.load import CONF_DIR, ROOT, hydra_words
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.launch import LaunchEnvironment, read_launch_environment, tell_libraries
 from megallama.host.log import quiet_libraries
-from megallama.preflight import check_run
-
-CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+from megallama.preflight import check_runs
 
 GRACE_S = 8.0
 """How long a rank leaves it to rank 0 to report: torchrun ends the ranks of a node when one has ended."""
@@ -45,9 +42,9 @@ def main(arguments: Sequence[str]) -> int:
             if environment.rank == 0:
                 _show(arguments, options)
             return 0
-        configs = load_jobs(options)
-        for config in configs:
-            check_run(config, world_size=environment.world_size)
+        extra = Path(options.config_dir) if options.config_dir else None
+        configs = load_jobs(options.overrides, is_multirun=options.multirun, extra_conf_dir=extra)
+        check_runs(configs, world_size=environment.world_size)
         tell_libraries(environment, is_in_launch_order=any(config.parallel.tp > 1 for config in configs))
         # Only now: this import takes seconds, and a mistake in the command line should not.
         from megallama.train import run
@@ -59,21 +56,6 @@ def main(arguments: Sequence[str]) -> int:
         _report(error, environment)
         return EXIT_USER_ERROR
     return 0
-
-
-def load_jobs(options: argparse.Namespace) -> list[RunConfig]:
-    """The configuration of every job, all of them checked before the first one starts."""
-    extra = Path(options.config_dir) if options.config_dir else None
-    if not options.multirun:
-        return [load_config(options.overrides, conf_dir=CONF_DIR, extra_conf_dir=extra)]
-    configs = []
-    for index, overrides in enumerate(
-        expand_sweep(options.overrides, conf_dir=CONF_DIR, extra_conf_dir=extra)
-    ):
-        config = load_config(overrides, conf_dir=CONF_DIR, extra_conf_dir=extra)
-        train = dataclasses.replace(config.train, run_dir=f"{config.train.run_dir}/{index}")
-        configs.append(dataclasses.replace(config, train=train))
-    return configs
 
 
 def _parser() -> argparse.ArgumentParser:

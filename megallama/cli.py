@@ -20,6 +20,7 @@ from megallama.commands import (
     tokenizer,
     verify,
 )
+from megallama.commands.parser import WordsParser
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.log import quiet_libraries
 
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="megallama",
         description="Pretraining of LLaMA-family models. Training itself: torchrun launch/train.py +exp=...",
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=WordsParser)
     for command in (
         tokenizer,
         prepare,

@@ -5,12 +5,16 @@ No torch, so it is instant; `train.init_from` alone needs it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
+from megallama.data.open import check_data
 from megallama.data.prepared import check_token_file, read_manifest
 from megallama.data.tokenizer import load_tokenizer
+from megallama.host.errors import ConfigError
+from megallama.model.hugging_face_names import canonical_tensors
 
 
 def check_run(config: RunConfig, *, world_size: int | None) -> None:
@@ -29,8 +33,26 @@ def check_run(config: RunConfig, *, world_size: int | None) -> None:
         check_token_file=check_token_file,
         read_manifest=read_manifest,
         load_tokenizer=lambda path: load_tokenizer(Path(path)),
+        parameter_names=canonical_tensors,
+        check_data=check_data,
         check_weights=_check_weights,
     )
+
+
+def check_runs(configs: Sequence[RunConfig], *, world_size: int | None) -> None:
+    """As `check_run` for several runs: the problems of all, each told once.
+
+    Raises:
+        ConfigError: what is wrong, each with its remedy.
+    """
+    problems: dict[str, None] = {}
+    for config in configs:
+        try:
+            check_run(config, world_size=world_size)
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise ConfigError(list(problems))
 
 
 def _check_weights(config: RunConfig) -> list[str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from megallama.commands.parser import Commands, whole_number
+from megallama.commands.parser import Commands, add_run_words, whole_number
 
 
 def add(commands: Commands) -> None:
@@ -17,23 +16,21 @@ def add(commands: Commands) -> None:
         default=None,
         help="number of ranks; rules that need it are left out",
     )
-    check.add_argument(
-        "--config-dir", type=Path, default=None, help="a folder with model/ or exp/ of your own"
-    )
-    check.add_argument("overrides", nargs="*", help="what launch/train.py is given: +exp=... key=value ...")
+    add_run_words(check)
     check.set_defaults(command=_check)
 
 
 def _check(options: argparse.Namespace) -> None:
-    from megallama.config.load import load_config
+    from megallama.config.jobs import load_jobs
     from megallama.model.counts import count_parameters
-    from megallama.preflight import check_run
+    from megallama.preflight import check_runs
 
-    config = load_config(options.overrides, extra_conf_dir=options.config_dir)
-    check_run(config, world_size=options.world_size)
-    model, train = config.model, config.train
-    tokens_per_step = train.global_batch_size * train.seq_len
-    print(
-        f"ok: {model.name}, {count_parameters(model, padded=True):,} parameters,"
-        f" {train.steps:,} steps of {tokens_per_step:,} tokens = {train.steps * tokens_per_step / 1e9:.3g}B tokens"
-    )
+    configs = load_jobs(options.overrides, is_multirun=options.multirun, extra_conf_dir=options.config_dir)
+    check_runs(configs, world_size=options.world_size)
+    for config in configs:
+        model, train = config.model, config.train
+        tokens_per_step = train.global_batch_size * train.seq_len
+        print(
+            f"ok: {model.name}, {count_parameters(model, padded=True):,} parameters,"
+            f" {train.steps:,} steps of {tokens_per_step:,} tokens = {train.steps * tokens_per_step / 1e9:.3g}B tokens"
+        )

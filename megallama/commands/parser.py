@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from megallama.host.errors import UserError
@@ -44,6 +45,31 @@ def whole_number(*, least: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+class WordsParser(argparse.ArgumentParser):
+    """Takes options among the words of a run, as launch/train.py does: argparse offers that to no sub-command."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's; words that come after an option join `overrides`."""
+        options, rest = super().parse_known_args(args, namespace)
+        if "overrides" not in options:
+            return options, rest
+        options.overrides += [word for word in rest if not word.startswith("-")]
+        return options, [word for word in rest if word.startswith("-")]
+
+
+def add_run_words(parser: argparse.ArgumentParser) -> None:
+    """Add the words that launch/train.py takes."""
+    parser.add_argument("overrides", nargs="*", help="what launch/train.py is given: +exp=... key=value ...")
+    parser.add_argument(
+        "--multirun", "-m", action="store_true", help="every combination of the values that words list"
+    )
+    parser.add_argument(
+        "--config-dir", "-cd", type=Path, default=None, help="a folder with model/ or exp/ of your own"
+    )
 
 
 def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = True) -> None:

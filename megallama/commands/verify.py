@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from megallama.commands.parser import Commands, whole_number
+from megallama.commands.parser import Commands, add_run_words, whole_number
 from megallama.host.errors import EXIT_DIFFERENT, UserError
+
+if TYPE_CHECKING:
+    from megallama.config.schema import RunConfig
 
 
 def add(commands: Commands) -> None:
@@ -13,7 +17,7 @@ def add(commands: Commands) -> None:
     verify = commands.add_parser(
         "verify", help="prove on this machine's CPU that layouts compute what one process computes"
     )
-    verify.add_argument("overrides", nargs="*", help="what launch/train.py is given: +exp=... key=value ...")
+    add_run_words(verify)
     which = verify.add_mutually_exclusive_group()
     which.add_argument(
         "--layouts",
@@ -36,23 +40,29 @@ def add(commands: Commands) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megallama.config.load import load_config
+    from megallama.config.jobs import load_jobs
     from megallama.host.ranks import start_forkserver
-    from megallama.verify.layouts import legal_layouts, parse_layouts
-    from megallama.verify.report import LayoutResult, header, row, summary, traffic_rows
-    from megallama.verify.verify import default_layouts, verify
 
     if options.max_ranks is not None and not options.all:
         raise UserError(
             f"--max-ranks ({options.max_ranks}) needs --all: layouts by name have their own ranks"
         )
     max_ranks = 4 if options.max_ranks is None else options.max_ranks
-    config = load_config(options.overrides)
+    configs = load_jobs(options.overrides, is_multirun=options.multirun, extra_conf_dir=options.config_dir)
+    start_forkserver()
+    are_equal = [_verify_run(config, options, max_ranks=max_ranks) for config in configs]
+    return 0 if all(are_equal) else EXIT_DIFFERENT
+
+
+def _verify_run(config: RunConfig, options: argparse.Namespace, *, max_ranks: int) -> bool:
+    from megallama.verify.layouts import legal_layouts, parse_layouts
+    from megallama.verify.report import LayoutResult, header, row, summary, traffic_rows
+    from megallama.verify.verify import default_layouts, verify
+
     if options.layouts is not None:
         layouts = parse_layouts(options.layouts)
     else:
         layouts = legal_layouts(config, max_ranks=max_ranks) if options.all else default_layouts(config)
-    start_forkserver()
     results: list[LayoutResult] = []
     for result in verify(config, layouts, steps=options.steps, dtype=options.dtype):
         if not results:
@@ -62,4 +72,4 @@ def _verify(options: argparse.Namespace) -> int:
     if options.traffic:
         print("\n".join(traffic_rows(result) for result in results))
     print(summary(results))
-    return 0 if all(result.is_equal for result in results) else EXIT_DIFFERENT
+    return all(result.is_equal for result in results)

@@ -5,11 +5,11 @@ One small function a rule; each yields its messages. The user sees all of them a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from megallama.config import check_files, check_layout, check_values
 from megallama.config.check_files import ManifestFacts, Probes, TokenizerFacts
-from megallama.config.schema import RunConfig
+from megallama.config.schema import ModelConfig, RunConfig
 from megallama.host.errors import ConfigError
 
 Rule = Callable[[RunConfig], Iterator[str]]
@@ -53,6 +53,8 @@ def check(
     check_token_file: Callable[[str], list[str]],
     read_manifest: Callable[[str], ManifestFacts | None],
     load_tokenizer: Callable[[str], TokenizerFacts],
+    parameter_names: Callable[[ModelConfig], Iterable[str]] | None = None,
+    check_data: Callable[[RunConfig], list[str]] = lambda _: [],
     check_weights: Callable[[RunConfig], list[str]] = lambda _: [],
 ) -> list[str]:
     """All problems of a run, each `<What> (<values>): <what to change>`; none: it can start.
@@ -63,6 +65,8 @@ def check(
         check_token_file: Problems of the token file at a prefix.
         read_manifest: Manifest of the token file at a prefix, if it has one.
         load_tokenizer: The tokenizer in a file.
+        parameter_names: Canonical names of the parameters of a model; None where names are not asked about.
+        check_data: Problems of mixing the sources, as long as sizes are positive.
         check_weights: Problems of `train.init_from`, where it is set.
     """
     probes = Probes(
@@ -70,7 +74,8 @@ def check(
     )
     problems = list(check_values.check_sizes_are_positive(config))
     rules = VALUE_RULES + FOLDER_RULES
-    if not problems:
+    has_sizes = not problems
+    if has_sizes:
         problems += check_layout.check_world_size(config, world_size)
         problems += check_layout.check_batch(config, world_size)
         rules = DIVIDING_RULES + rules
@@ -80,6 +85,11 @@ def check(
         problems += rule(config)
     problems += check_files.check_sources(config, probes)
     problems += check_files.check_vocabulary(config, probes)
+    if has_sizes:
+        problems += check_data(config)
+    if has_sizes and parameter_names is not None and config.optim.partial_parameters:
+        names = parameter_names(config.model)
+        problems += check_values.check_partial_names(config.optim.partial_parameters, names)
     if config.train.init_from is not None:
         problems += check_weights(config)
     return problems
@@ -92,6 +102,8 @@ def check_config(
     check_token_file: Callable[[str], list[str]],
     read_manifest: Callable[[str], ManifestFacts | None],
     load_tokenizer: Callable[[str], TokenizerFacts],
+    parameter_names: Callable[[ModelConfig], Iterable[str]] | None = None,
+    check_data: Callable[[RunConfig], list[str]] = lambda _: [],
     check_weights: Callable[[RunConfig], list[str]] = lambda _: [],
 ) -> None:
     """Raise once with all problems that `check` finds.
@@ -105,6 +117,8 @@ def check_config(
         check_token_file=check_token_file,
         read_manifest=read_manifest,
         load_tokenizer=load_tokenizer,
+        parameter_names=parameter_names,
+        check_data=check_data,
         check_weights=check_weights,
     )
     if problems:

@@ -79,14 +79,14 @@ def check_sources(config: RunConfig, probes: Probes) -> Iterator[str]:
         if sources and all(source.weight == 0 for source in sources):
             yield f"{key} have no weight above 0 (all are 0): give at least one source a weight"
         for index, source in enumerate(sources):
-            yield from _check_numbers(f"{key}.{index}", source)
+            yield from check_numbers(f"{key}.{index}", source)
             if source.path not in seen:
                 yield from probes.check_token_file(source.path)
             seen.add(source.path)
 
 
-def _check_numbers(key: str, source: SourceConfig) -> Iterator[str]:
-    # Numbers that are not finite are told by the rule on all numbers.
+def check_numbers(key: str, source: SourceConfig) -> Iterator[str]:
+    """Weight, epochs and held-out share of a source; those that are not finite are told by the rule on all numbers."""
     if math.isfinite(source.weight) and source.weight < 0:
         yield (
             f"{key}.weight ({source.weight:g} of {source.path}) must not be negative:"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 from megallama.config.schema import ModelConfig, RopeScaling, RunConfig, Schedule
@@ -268,4 +269,16 @@ def check_partial(config: RunConfig) -> Iterator[str]:
         yield (
             "optim.partial_rows_from and optim.partial_parameters do nothing with optim.partial_steps (0):"
             " set optim.partial_steps, or leave them out"
+        )
+
+
+def check_partial_names(patterns: Iterable[str], names: Iterable[str]) -> Iterator[str]:
+    """Each of `optim.partial_parameters` fits a parameter of the model, whose canonical names are `names`."""
+    known = list(names)
+    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in known)]
+    if unknown:
+        example = sorted(known)[len(known) // 2]
+        yield (
+            f"optim.partial_parameters ({', '.join(unknown)}) names no parameter of the model: use names as"
+            f" {example}, with * for any part of one"
         )

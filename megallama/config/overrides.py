@@ -119,7 +119,8 @@ def _group_problem(override: Override, *, group_options: Callable[[str], Sequenc
     group = override.key_or_group
     available = group_options(group)
     if override.is_sweep_override():
-        names: list[Any] = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+        elements = override.sweep_string_iterator() if override.is_discrete_sweep() else iter(())
+        names: list[Any] = [element.strip("'\"") for element in elements]  # quoted where it is not ASCII
     else:
         value = override.value()
         names = list(value) if isinstance(value, list) else [value]

@@ -192,6 +192,16 @@ class History:
                 return self._steps_before(end)
         return math.inf
 
+    def shortage(self, steps: int) -> str | None:
+        """The problem of a run of `steps` steps for which the data does not last."""
+        lasts = self.num_steps()
+        if lasts >= steps:
+            return None
+        return (
+            f"the data runs out at step {lasts:.0f} of train.steps ({steps}), where every source has had its"
+            " max_epochs: raise these, add sources, or lower train.steps"
+        )
+
     def continued(self, step: int, *, global_batch_size: int, plan: Sequence[tuple[int, Mix]]) -> History:
         """This history up to `step`, and from there on as `plan` says.
 

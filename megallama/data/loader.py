@@ -116,12 +116,9 @@ class DataLoader:
         Raises:
             UserError: it runs out before.
         """
-        lasts, steps = self._train.history.num_steps(), self._config.train.steps
-        if lasts < steps:
-            raise UserError(
-                f"the data runs out at step {lasts:.0f} of train.steps ({steps}), where every source has had its"
-                " max_epochs: raise these, add sources, or lower train.steps"
-            )
+        shortage = self._train.history.shortage(self._config.train.steps)
+        if shortage is not None:
+            raise UserError(shortage)
 
     def ledger(self, step: int) -> dict[str, Any]:
         """The mixes of the run and what was consumed of each source before `step`, for checkpoints and run folder."""
@@ -298,8 +295,7 @@ def open_loader(
     """Opens the data of a run for one rank; the arguments are those of `RankPart`.
 
     Raises:
-        ConfigError: missing or damaged files, all at once, or a vocabulary larger than the model's.
-        UserError: a source too short for one sample, one named twice, or a weight that is none.
+        ConfigError: missing or damaged files, a vocabulary larger than the model's, or sources that cannot be mixed.
     """
     part = RankPart(
         dp_rank=dp_rank,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from megallama.data.history import History, Mix, MixSource
 from megallama.data.source import TokenSource
 from megallama.data.window_index import load_window_starts
 from megallama.data.windows import Cutting, Span, Windows
-from megallama.host.errors import UserError
+from megallama.host.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Located:
 class SourceShelf:
     """The opened sources of a run by their identity, and their windows."""
 
-    def __init__(self, sources: Sequence[TokenSource], *, index_folder: Path) -> None:
-        """`index_folder` keeps where windows begin when documents are cut."""
+    def __init__(self, sources: Sequence[TokenSource], *, index_folder: Path | None) -> None:
+        """`index_folder` keeps where windows begin when documents are cut; None: they are only counted."""
         self._sources: Mapping[str, TokenSource] = {source.identity: source for source in sources}
         self._index_folder = index_folder
         self._windows: dict[tuple[str, Cutting], Windows] = {}
@@ -53,7 +54,9 @@ class SourceShelf:
                 raise UserError(
                     f"data source {path} is not open, though earlier samples came from it: put it back"
                 )
-            windows = Windows(source, cutting, starts=lambda: self._starts(source, cutting))
+            folder = self._index_folder
+            starts = None if folder is None else partial(_window_starts, source, cutting, folder)
+            windows = Windows(source, cutting, starts=starts)
             if windows.num_windows == 0:
                 raise UserError(
                     f"data source {source.name} is too short ({source.num_tokens} tokens) for one sample of"
@@ -62,8 +65,9 @@ class SourceShelf:
             self._windows[key] = windows
         return self._windows[key]
 
-    def _starts(self, source: TokenSource, cutting: Cutting) -> npt.NDArray[np.int64]:
-        return load_window_starts(source, seq_len=cutting.seq_len, folder=self._index_folder)
+
+def _window_starts(source: TokenSource, cutting: Cutting, folder: Path) -> npt.NDArray[np.int64]:
+    return load_window_starts(source, seq_len=cutting.seq_len, folder=folder)
 
 
 class SampleStream:
@@ -137,37 +141,44 @@ def build_mix(
     """The mix of (source, weight, epochs after which it leaves or None); sources of weight 0 are not in it.
 
     Raises:
-        UserError: no source, a weight that is none, a source named twice or shorter than one window.
+        ConfigError: no source, a weight that is none, sources with the same content or shorter than one window; all
+            of it at once.
     """
+    problems: list[str] = []
     sources: dict[str, MixSource] = {}
     for source, weight, max_epochs in entries:
         if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(
+            problems.append(
                 f"weight of data source {source.name} ({weight}) must be a finite number of at least 0:"
                 " change it or leave the source out"
             )
-        if weight == 0:
-            continue
-        if source.identity in sources:
-            raise UserError(
+        elif weight > 0 and source.identity in sources:
+            problems.append(
                 f"data sources {sources[source.identity].path} and {source.name} hold the same data:"
                 " leave one out and give the other both weights"
             )
-        windows = shelf.windows(source.identity, cutting, path=source.name)
-        sources[source.identity] = MixSource(
-            source.identity,
-            source.name,
-            weight,
-            num_windows=windows.num_windows,
-            span=source.span,
-            max_epochs=max_epochs,
-        )
-    if not sources:
-        raise UserError(f"no data source with a weight above 0 ({len(entries)} given): set data.sources")
-    if not is_blendable([source.weight for source in sources.values()]):
+        elif weight > 0:
+            try:
+                windows = shelf.windows(source.identity, cutting, path=source.name)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            sources[source.identity] = MixSource(
+                source.identity,
+                source.name,
+                weight,
+                num_windows=windows.num_windows,
+                span=source.span,
+                max_epochs=max_epochs,
+            )
+    if not sources and not problems:
+        problems.append(f"no data source with a weight above 0 ({len(entries)} given): set data.sources")
+    if sources and not is_blendable([source.weight for source in sources.values()]):
         least = min(sources.values(), key=lambda source: source.weight)
-        raise UserError(
+        problems.append(
             f"weight of data source {least.path} ({least.weight}) is less than one sample in {MAX_PERIOD}:"
             " raise it, or join the source with another one"
         )
+    if problems:
+        raise ConfigError(problems)
     return Mix(cutting, tuple(sorted(sources.values(), key=lambda source: source.identity)))

@@ -1,7 +1,8 @@
-"""An opened token file: documents of token ids, memory-mapped, its index read by megatron-core's IndexedDataset.
+"""An opened token file: documents of token ids, memory-mapped, index and tokens.
 
 Nothing is copied or computed when it is opened: the index of a billion tokens stays on the disk, where
 each document's place is one number. What is read is checked, since only a look at it can tell damage.
+It needs no torch (megatron-core's own reader does), so that a login node can look into the data of a run.
 
 A mapped file that another process cuts short kills whoever reads beyond its new end (SIGBUS); so its
 size is looked at before each reading, which leaves the instant between the look and the reading.
@@ -20,12 +21,19 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megallama.data.prepared import Manifest, check_token_file, content_identity, read_manifest
+from megallama.data.prepared import (
+    INDEX_HEADER,
+    Manifest,
+    check_token_file,
+    content_identity,
+    read_manifest,
+)
 from megallama.host.errors import ConfigError, UserError
 
-_HEADER_BYTES = 34
+_HEADER_BYTES = INDEX_HEADER.size
+# megatron-core 0.16.1, core/datasets/indexed_dataset.py, DType; `check_token_file` refuses the other ones.
+_NUMBER_FORMATS = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _TOKENS, _INDEX = 0, 1
 """Places of the two files of a pair."""
 _DOCUMENTS_AT_ONCE = 1 << 16
@@ -35,6 +43,9 @@ _BLOCK_BYTES = 4096
 
 def write_token_file(prefix: Path, documents: Iterable[Sequence[int]]) -> None:
     """A `.bin`/`.idx` pair of int32 tokens without a manifest, as for a small run made on the spot."""
+    # Imported here: it needs torch.
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for tokens in documents:
         builder.add_document(np.asarray(tokens, dtype=np.int32), [len(tokens)])
@@ -54,23 +65,26 @@ class TokenFile:
             raise ConfigError(problems)
         self.name = str(prefix)
         self.manifest: Manifest | None = read_manifest(prefix)
-        # The dataset unmaps the index when it goes, under the views of it.
-        # Kept as long as this object: the map of the index closes with it.
-        self._dataset = IndexedDataset(str(prefix), mmap=False)
-        index = self._dataset.index
-        self._dtype = np.dtype(index.dtype)
+        with open(f"{prefix}.idx", "rb") as stream:
+            index = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        _, _, code, sequences, entries = INDEX_HEADER.unpack(index[:_HEADER_BYTES])
+        self._dtype = np.dtype(_NUMBER_FORMATS[code])
         # A document of Megatron's may be several sequences (sentences); they stand one after another in .bin.
-        self._pointers, self._first_sequence = index.sequence_pointers, index.document_indices
+        after_lengths = _HEADER_BYTES + 4 * sequences
+        self._pointers = np.frombuffer(index, "<i8", count=sequences, offset=after_lengths)
+        self._first_sequence = np.frombuffer(
+            index, "<i8", count=entries, offset=after_lengths + 8 * sequences
+        )
         self._search_pointers, self._search_first = _numbers(self._pointers), _numbers(self._first_sequence)
-        last_byte = int(self._pointers[-1]) + int(index.sequence_lengths[-1]) * self._dtype.itemsize
+        last_length = int(np.frombuffer(index, "<i4", count=1, offset=after_lengths - 4)[0])
+        last_byte = int(self._pointers[-1]) + last_length * self._dtype.itemsize
         self.num_tokens = last_byte // self._dtype.itemsize
         """Tokens of all documents."""
         self.num_documents = len(self._first_sequence) - 1
         """Number of documents."""
-        # Not megatron-core's map of it, which is closed under views that outlive the dataset.
         mapped = np.memmap(f"{prefix}.bin", dtype=self._dtype, mode="r", shape=(self.num_tokens,))
         self._tokens = mapped.view(np.ndarray)
-        self._maps = cast("tuple[mmap.mmap, mmap.mmap]", (mapped.base, index.bin_buffer_mmap.base))
+        self._maps = cast("tuple[mmap.mmap, mmap.mmap]", (mapped.base, index))
         self._num_bytes = self.num_tokens * self._dtype.itemsize, len(self._maps[1])
 
     @cached_property

@@ -51,12 +51,19 @@ class Windows:
     """The windows of one source under one cutting."""
 
     def __init__(
-        self, source: TokenSource, cutting: Cutting, *, starts: Callable[[], npt.NDArray[np.int64]]
+        self,
+        source: TokenSource,
+        cutting: Cutting,
+        *,
+        starts: Callable[[], npt.NDArray[np.int64]] | None,
     ) -> None:
-        """`starts` gives the first token of each window, asked for only where documents are cut."""
+        """`starts` gives the first token of each window, asked for only where documents are cut.
+
+        None: windows are counted only, not looked at; where documents are cut, `num_windows` is the most there can be.
+        """
         self.source = source
         self._cutting = cutting
-        self._starts = starts() if cutting.is_cut else None
+        self._starts = starts() if cutting.is_cut and starts is not None else None
         self.num_windows = (
             len(self._starts) if self._starts is not None else (source.num_tokens - 1) // cutting.seq_len
         )

@@ -48,7 +48,7 @@ class Engine:
             EmbeddingTie(stage, self._zero, topology=topology) if config.model.tie_embeddings else None
         )
         check_fragments(self._zero, stage.module)
-        self._partial = PartialTraining(config.optim, stage, self._zero, topology=topology)
+        self._partial = PartialTraining(config.optim, stage, self._zero)
         self._invariants = Invariants(stage, self._zero, topology=topology)
 
     def train_step(self, step: int, batches: Sequence[MicroBatch]) -> StepResult:

@@ -13,15 +13,12 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 
 from megallama.config.schema import OptimConfig
 from megallama.engine.state import own_fragments
 from megallama.engine.zero import ZeroEngine
-from megallama.host.errors import UserError
 from megallama.model.build import EMBEDDING, OUTPUT, Stage
 from megallama.model.layout import Piece
-from megallama.topology.groups import Topology
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 """Elements [begin, end) of a flattened local parameter."""
@@ -30,7 +27,7 @@ Ranges: TypeAlias = tuple[tuple[int, int], ...]
 class PartialTraining:
     """Keeps all but the chosen weights as they are while `begin` says so."""
 
-    def __init__(self, optim: OptimConfig, stage: Stage, zero: ZeroEngine, *, topology: Topology) -> None:
+    def __init__(self, optim: OptimConfig, stage: Stage, zero: ZeroEngine) -> None:
         self._optim = optim
         self._stage = stage
         self._zero = zero
@@ -39,7 +36,6 @@ class PartialTraining:
         self._kept: dict[str, Ranges] = {}
         if not optim.partial_steps:
             return
-        _check_patterns(optim.partial_parameters, stage, topology=topology)
         for name, parameter in stage.module.named_parameters():
             pieces = stage.layout[name]
             self._kept[name] = tuple(part for piece in pieces for part in _kept_of(piece, optim))
@@ -89,18 +85,3 @@ def _zero_ranges(flat: torch.Tensor, ranges: Ranges, *, begin: int) -> None:
         low, high = max(0, low - begin), min(flat.numel(), high - begin)
         if low < high:
             flat[low:high].zero_()
-
-
-def _check_patterns(patterns: list[str], stage: Stage, *, topology: Topology) -> None:
-    """Raise UserError on every rank where a pattern names no parameter of the whole model."""
-    keys = {piece.key for pieces in stage.layout.values() for piece in pieces}
-    found = torch.tensor([any(fnmatchcase(key, pattern) for key in keys) for pattern in patterns] + [True])
-    found = found.to(torch.int64)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=topology.host_group)
-    unknown = [pattern for pattern, is_found in zip(patterns, found.tolist(), strict=False) if not is_found]
-    if unknown:
-        example = sorted(keys)[len(keys) // 2]
-        raise UserError(
-            f"optim.partial_parameters ({', '.join(unknown)}) names no parameter of the model: use names as"
-            f" {example}, with * for any part of one"
-        )

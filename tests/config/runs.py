@@ -9,6 +9,7 @@ from megallama.config.check import check
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.host.errors import UserError
+from megallama.model.hugging_face_names import canonical_tensors
 
 COMPLETE = [
     "model=llama_tiny",
@@ -73,4 +74,5 @@ def problems_of(
         check_token_file=check_token_file,
         read_manifest=read_manifest,
         load_tokenizer=load_tokenizer,
+        parameter_names=canonical_tensors,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,7 @@ import torch
 from megallama.checkpoint.reader import CheckpointReader
 from megallama.config.load import load_config
 from megallama.preflight import check_run
-from tests.jobs import metrics, overrides, run_job, train, worst_relative
-from tests.ranks import run_ranks
+from tests.jobs import overrides, run_job, worst_relative
 
 ROWS_FROM = 100
 NORMS = "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight"
@@ -133,12 +133,8 @@ def test_senseless_settings_are_refused(tmp_path, words, message):
         check_run(load_config(overrides(tmp_path, *words)), world_size=1)
 
 
-def test_a_pattern_without_a_parameter_is_refused_on_every_rank(tmp_path):
-    words = [
-        "optim.partial_steps=3",
-        "optim.partial_parameters=[decoder.layers.0.*,bogus.*]",
-        "parallel.pp=2",
-    ]
-    with pytest.raises(AssertionError, match=r"optim.partial_parameters \(bogus"):
-        run_ranks(2, train, overrides(tmp_path, *words))
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics(tmp_path / "run")
+def test_patterns_are_compared_with_the_names_of_this_shape(tmp_path):
+    for patterns, unknown in (("decoder.layers.?.mlp.*", ""), ("decoder.layers.0.*,decoder.layers.9.*", "9")):
+        words = overrides(tmp_path, "optim.partial_steps=3", f"optim.partial_parameters=[{patterns}]")
+        with pytest.raises(ValueError, match=r"layers.9.\*\) names no") if unknown else nullcontext():
+            check_run(load_config(words), world_size=1)

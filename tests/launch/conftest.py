@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megallama.data.prepare import prepare
+from megallama.data.prepared import SUFFIXES
+from megallama.data.token_file import write_token_file
 from megallama.data.tokenizer_training import train_tokenizer
 
 VOCAB_SIZE = 384
@@ -51,7 +53,10 @@ class Workplace:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with corpus/, tokenizer/, other_tokenizer/ (other digits, as many ids) and data/."""
+    """A folder with corpus/, tokenizer/, other_tokenizer/ (other digits, as many ids) and data/.
+
+    Beside data/train there are a copy of it (副本) and 101 tokens without a manifest (短).
+    """
     folder = tmp_path_factory.mktemp("prepared")
     corpus = folder / "corpus"
     corpus.mkdir()
@@ -60,6 +65,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer([corpus], folder / "tokenizer", vocab_size=VOCAB_SIZE)
     train_tokenizer([corpus], folder / "other_tokenizer", vocab_size=VOCAB_SIZE, split_digits=False)
     prepare([corpus], folder / "data", tokenizer=folder / "tokenizer", validation_fraction=0, workers=1)
+    for suffix in SUFFIXES:
+        shutil.copy(folder / f"data/train{suffix}", folder / f"data/副本{suffix}")
+    write_token_file(folder / "data/短", [range(101)])
     (folder / "runs").mkdir()
     return folder
 

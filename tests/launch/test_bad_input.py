@@ -95,6 +95,51 @@ SETTINGS: dict[str, tuple[list[str], int, str]] = {
         1,
         "zero.offload (true) needs zero.stage (0)",
     ),
+    "two sources with the same content": (
+        ["data.sources=[data/train,data/副本]"],
+        1,
+        "data/副本 hold the same data: leave one out and give the other both weights",
+    ),
+    "source shorter than a sequence": (
+        ["data.sources=[data/短]", "train.seq_len=512"],
+        1,
+        "data/短 is too short (101 tokens) for one sample of seq_len + 1 (513) tokens: prepare more text or",
+    ),
+    "validation data shorter than a sequence": (
+        ["data.validation=[data/短]", "train.seq_len=512"],
+        1,
+        "data/短 is too short (101 tokens)",
+    ),
+    "scheduled data shorter than a sequence": (
+        ["data.schedule=[{from_step: 2, sources: [data/短]}]", "data.packing=cut", "train.seq_len=128"],
+        1,
+        "data/短 is too short (101 tokens)",
+    ),
+    "epochs that run out": (
+        ["data.sources=[{path: data/短, max_epochs: 2}]"],
+        1,
+        "the data runs out at step 1 of train.steps (4), where every source has had its max_epochs: raise these",
+    ),
+    "weight that is next to nothing": (
+        ["data.sources=[data/train,{path: data/短, weight: 1e-6}]"],
+        1,
+        "data/短 (1e-06) is less than one sample in 65536: raise it",
+    ),
+    "nothing left to train on": (
+        ["data.sources=[{path: data/短, validation_fraction: 0.99}]"],
+        1,
+        "leaves no whole document to train on: lower it",
+    ),
+    "end of documents unknown": (
+        ["data.sources=[data/短]", "data.loss_on_eod=false"],
+        1,
+        "data.loss_on_eod (false) needs the manifest of data source ",
+    ),
+    "pattern without a parameter": (
+        ["optim.partial_steps=2", "optim.partial_parameters=[decoder.layers.0.*,embeding.*]"],
+        1,
+        "optim.partial_parameters (embeding.*) names no parameter of the model: use names as decoder.layers.",
+    ),
     "missing data": (["data.sources=[data/absent]"], 1, "data/absent does not exist"),
     "missing tokenizer": (["data.tokenizer=absent.model"], 1, "absent.model does not exist"),
     "vocabulary of the model": (
@@ -163,6 +208,26 @@ def test_bad_flags(case: str, workplace: Workplace) -> None:
     assert_refused(outcome, expected)
 
 
+def test_check_takes_the_words_of_the_entry_in_any_order(workplace: Workplace) -> None:
+    (workplace.folder / "conf" / "model").mkdir(parents=True)
+    shape = (ROOT / "conf" / "model" / "llama_tiny.yaml").read_text(encoding="utf-8")
+    (workplace.folder / "conf" / "model" / "我的.yaml").write_text(
+        shape.replace("llama_tiny", "我的"), encoding="utf-8"
+    )
+    first, *rest = workplace.arguments
+    words = ["check", first, "--world-size", "1", *rest, "--multirun", "optim.lr=1e-3,2e-3", "-cd", "conf"]
+    words += ["model=我的,llama_tiny", "train.steps=3"]
+    words.remove(first)
+    with unchanged(workplace.folder):
+        outcome = run_command(megallama_command, words, folder=workplace.folder)
+        refused = run_command(megallama_command, [*words, "zero.stage=1,7"], folder=workplace.folder)
+        unknown = run_command(megallama_command, [*words, "--steps=1"], folder=workplace.folder)
+    assert outcome.code == 0, outcome.output
+    assert [line.split(",")[0] for line in outcome.output.splitlines()] == ["ok: 我的", "ok: llama_tiny"] * 2
+    assert refused.code == EXIT_USER_ERROR and refused.message.startswith("zero.stage (7) must be"), refused
+    assert unknown.code == EXIT_USER_ERROR and "unrecognized arguments: --steps=1" in unknown.output
+
+
 @pytest.mark.parametrize("case", FILES)
 def test_damaged_files(case: str, workplace: Workplace) -> None:
     spoil, expected = FILES[case]
@@ -170,6 +235,18 @@ def test_damaged_files(case: str, workplace: Workplace) -> None:
     with unchanged(workplace.folder):
         outcome = run_command(train_command, workplace.arguments, folder=workplace.folder)
     assert_refused(outcome, expected)
+
+
+def test_what_data_lacks_is_told_at_once(workplace: Workplace) -> None:
+    wrong = ["data.sources=[data/train,data/副本,{path: data/短, weight: 1e-6}]", "data.validation=[data/短]"]
+    wrong += ["train.seq_len=128", "optim.partial_steps=1", "optim.partial_parameters=[x]", "zero.stage=7"]
+    with unchanged(workplace.folder):
+        outcome = run_command(train_command, [*workplace.arguments, *wrong], folder=workplace.folder)
+    assert outcome.code == EXIT_USER_ERROR and not outcome.had_process_group
+    head, *problems = outcome.message.splitlines()
+    assert head == f"{len(problems)} problems:" and len(problems) == 4, outcome.output
+    for part in ("hold the same data", "too short", "partial_parameters (x)", "zero.stage (7)"):
+        assert sum(part in problem for problem in problems) == 1, (part, problems)
 
 
 def test_several_problems_are_reported_at_once(workplace: Workplace) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from megallama.cli import main
+from megallama.config.load import CONF_DIR
 from megallama.verify.layouts import parse_layouts
 from megallama.verify.verify import verify
 from tests.matrix import base
@@ -85,3 +86,17 @@ def test_the_exit_code_tells_a_difference(monkeypatch, capsys):
 def test_bad_input_is_refused_before_anything_runs(words, capsys):
     assert main(["verify", "+exp=llama2_7b", *words]) == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_shapes_and_words_are_those_of_a_run(tmp_path, monkeypatch, capsys):
+    """A shape of one's own, options among the words, several values."""
+    import megallama.verify.verify as module
+
+    seen = []
+    monkeypatch.setattr(module, "verify", lambda config, layouts, **rest: seen.append(config) or iter(()))
+    (tmp_path / "model").mkdir()
+    shape = (CONF_DIR / "model" / "llama_tiny.yaml").read_text(encoding="utf-8")
+    (tmp_path / "model" / "我的.yaml").write_text(shape.replace("llama_tiny", "我的"), encoding="utf-8")
+    words = ["+exp=llama2_7b", "--config-dir", str(tmp_path), "model=我的", "--layouts", "dp=2", "-m"]
+    main(["verify", *words, "train.seq_len=64,128", "optim.lr=1e-3"])
+    assert [(config.model.name, config.train.seq_len) for config in seen] == [("我的", 64), ("我的", 128)]
