@@ -155,7 +155,7 @@ class DataFile:
         self._digest = new_digest()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-digest")
-        self._behind: deque[Future[None]] = deque()
+        self._behind: deque[Future[object]] = deque()
         self._gathered = bytearray()
 
     def __enter__(self) -> DataFile:
