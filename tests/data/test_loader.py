@@ -390,6 +390,9 @@ def test_data_that_runs_out_is_told_before_the_first_step(prefix: str) -> None:
     assert len({tuple(row) for row in rows(loader, range(17))}) == 17 * 12
     enough = open_one(changed(config_of(prefix, steps=17), sources=capped.data.sources))
     enough.check_enough()
+    by_one = open_one(changed(config_of(prefix, steps=210, global_batch_size=1), sources=capped.data.sources))
+    with pytest.raises(UserError, match=r"at step 209 of train.steps \(210\)"):
+        by_one.check_enough()
 
 
 def test_held_out_documents_are_evaluated_and_never_trained_on(prefix: str) -> None:
