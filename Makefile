@@ -4,6 +4,9 @@ PYTHON ?= python3
 # The default wheel on Linux is the CUDA build. Another one: make setup TORCH="torch==2.13.0 --index-url <index>"
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
+# Test files that run at once; each may start up to 8 ranks of one thread.
+TEST_WORKERS ?= 2
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -42,7 +45,7 @@ $(STAMP): setup.py constraints.txt tests/materials.txt
 	@touch $@
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadscope
 
 matrix: setup
 	$(BIN)/python -m tests.matrix
