@@ -115,3 +115,16 @@ def test_far_samples_are_as_cheap_as_near_ones() -> None:
 
 def test_what_is_too_rare_to_blend() -> None:
     assert is_blendable([1.0, 65535.0]) and not is_blendable([1.0, 65536.0])
+
+
+def test_blocks_that_differ_can_be_asked_in_any_order() -> None:
+    weights = [0.123456789, 0.3]
+    one, period = Blend(weights), Blend(weights).period
+    differing = set()
+    for block in (0, 1, 0, 7, 2, 1):
+        fresh = Blend(weights)
+        places = range(block * period, (block + 1) * period, 97)
+        found = [one.draw(place) for place in places]
+        assert found == [fresh.draw(place) for place in places]
+        differing.add(tuple(source for source, _ in found))
+    assert len(differing) > 1, "blocks that are all alike prove nothing"

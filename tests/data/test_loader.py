@@ -331,6 +331,13 @@ def test_a_checkpoint_without_a_record_begins_anew_where_the_run_stands(prefix: 
     assert rows(loader, range(7, 9)) == rows(open_one(config_of(prefix)), range(2))
 
 
+def test_what_was_read_ahead_before_a_resume_is_forgotten(prefix: str) -> None:
+    loader = open_one(config_of(prefix))
+    loader.batches(6)  # and step 7 in the background
+    loader.resume(None, step=7, consumed_samples=84)
+    assert rows(loader, range(7, 8)) == rows(open_one(config_of(prefix)), range(1))
+
+
 def test_a_record_of_another_checkpoint_is_refused(prefix: str) -> None:
     loader = open_one(config_of(prefix))
     with pytest.raises(
@@ -357,6 +364,9 @@ def test_data_that_runs_out_is_told_before_the_first_step(prefix: str) -> None:
     assert len({tuple(row) for row in rows(loader, range(17))}) == 17 * 12
     enough = open_one(changed(config_of(prefix, steps=17), sources=capped.data.sources))
     enough.check_enough()
+    by_one = open_one(changed(config_of(prefix, steps=210, global_batch_size=1), sources=capped.data.sources))
+    with pytest.raises(UserError, match=r"at step 209 of train.steps \(210\)"):
+        by_one.check_enough()
 
 
 def test_held_out_documents_are_evaluated_and_never_trained_on(prefix: str) -> None:
