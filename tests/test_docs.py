@@ -63,6 +63,17 @@ def commands(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_stand_in_blocks_that_are_read(document):
+    text = document.read_text(encoding="utf-8")
+    for kind, block in re.findall(r"^```(.*?)\n(.*?)^```", text, flags=re.S | re.M):
+        if kind != "sh":
+            assert kind in ("", "python", "yaml", "json"), (
+                f"{document.name}: ```{kind} is never checked, use ```sh"
+            )
+            assert not re.search(r"^(\$ )?(megallama|torchrun|python|sbatch) ", block, flags=re.M), block
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_parse(document):
     for words in commands(document):
         if words[0] == "megallama":

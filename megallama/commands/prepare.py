@@ -91,6 +91,12 @@ def _show(report: PrepareReport) -> None:
             f"  {source.name}: {source.documents:,} documents, {source.tokens:,} tokens"
             + (f" (letters: {', '.join(shares)})" if shares else "")
         )
+        if source.text_bytes:
+            languages = [
+                f"{name} {source.language_documents[name]:,} documents ({count / source.text_bytes:.0%} of bytes)"
+                for name, count in source.language_bytes.most_common()
+            ]
+            print(f"    likely languages: {', '.join(languages)}")
     if report.damaged:
         print(f"  {len(report.damaged):,} damaged records left out: see damaged.jsonl")
     for split in (report.train, report.validation):

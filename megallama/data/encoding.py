@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.data.corpus import CorpusFile, Damage, Document, Reading, Stretch, cut_stretches, read_records
+from megallama.data.script import likely_language
 from megallama.data.script_counts import count_characters
 from megallama.data.tokenizer_interface import Tokenizer
 from megallama.host.errors import UserError
@@ -67,6 +68,10 @@ class UnitFacts:
     """UTF-8 of the documents."""
     characters: dict[str, int] = field(default_factory=dict)
     """Characters of each script."""
+    language_documents: dict[str, int] = field(default_factory=dict)
+    """Documents of each likely language."""
+    language_bytes: dict[str, int] = field(default_factory=dict)
+    """Their UTF-8."""
     damaged: list[Damage] = field(default_factory=list)
     """Records that gave no document."""
 
@@ -134,6 +139,8 @@ def encode_unit(
     """
     facts = UnitFacts()
     scripts: Counter[str] = Counter()
+    language_documents: Counter[str] = Counter()
+    language_bytes: Counter[str] = Counter()
     dtype = token_type(tokenizer.vocab_size)
     path.parent.mkdir(exist_ok=True)
     being_written = path.with_name(f"{path.name}.{os.getpid()}")
@@ -153,10 +160,16 @@ def encode_unit(
                 table.write(rows.tobytes())
                 facts.documents += len(batch)
                 facts.tokens += int(rows["length"].sum())
-                joined = "".join(texts)
-                facts.text_bytes += len(joined.encode("utf-8"))
-                scripts.update(count_characters(joined))
+                for text in texts:
+                    characters = count_characters(text)
+                    scripts.update(characters)
+                    language = likely_language(characters)
+                    language_documents[language] += 1
+                    language_bytes[language] += len(text.encode("utf-8"))
             facts.characters = dict(sorted(scripts.items()))
+            facts.language_documents = dict(sorted(language_documents.items()))
+            facts.language_bytes = dict(sorted(language_bytes.items()))
+            facts.text_bytes = sum(language_bytes.values())
             table.seek(0)
             shutil.copyfileobj(table, stream)
             content = json.dumps(asdict(facts)).encode()

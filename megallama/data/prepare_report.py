@@ -47,6 +47,10 @@ class SourceReport:
     """UTF-8 of the documents."""
     characters: Counter[str] = field(default_factory=Counter)
     """Characters of each script."""
+    language_documents: Counter[str] = field(default_factory=Counter)
+    """Documents of each likely language."""
+    language_bytes: Counter[str] = field(default_factory=Counter)
+    """Their UTF-8."""
     damaged: int = 0
     """Records that gave no document."""
 
@@ -56,6 +60,8 @@ class SourceReport:
         self.tokens += facts.tokens
         self.text_bytes += facts.text_bytes
         self.characters.update(facts.characters)
+        self.language_documents.update(facts.language_documents)
+        self.language_bytes.update(facts.language_bytes)
         self.damaged += len(facts.damaged)
 
     @property
@@ -147,6 +153,10 @@ def write_facts(work: WorkFolder, report: PrepareReport, counts: npt.NDArray[np.
                 "tokens": source.tokens,
                 "characters_by_script": dict(sorted(source.characters.items())),
                 "share_of_letters_by_script": {k: round(v, 6) for k, v in source.script_shares.items()},
+                "languages": {
+                    language: {"documents": count, "text_bytes": source.language_bytes[language]}
+                    for language, count in sorted(source.language_documents.items())
+                },
                 "damaged_records": source.damaged,
             }
             for source in report.sources
@@ -178,6 +188,8 @@ def read_report(folder: Path, *, tokenizer: Tokenizer) -> PrepareReport:
             tokens=source["tokens"],
             text_bytes=source["text_bytes"],
             characters=Counter(source["characters_by_script"]),
+            language_documents=Counter({name: n["documents"] for name, n in source["languages"].items()}),
+            language_bytes=Counter({name: n["text_bytes"] for name, n in source["languages"].items()}),
             damaged=source["damaged_records"],
         )
         for source in content["sources"]

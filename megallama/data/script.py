@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Mapping
 
 _RANGES = (
     # first, last, script: blocks of Unicode 16 with letters; what lies between belongs to no script.
@@ -94,12 +95,17 @@ def language_of(text: str) -> str:
 
     A character of Chinese says as much as several letters, so they count threefold.
     """
-    counts = count_scripts(text)
-    counts.pop(NO_LETTERS, None)
-    if not counts:
+    return likely_language(count_scripts(text))
+
+
+def likely_language(counts: Mapping[str, int]) -> str:
+    """As `language_of`, for a text with these characters of each script."""
+    weights = {
+        script: n * (3 if script in _LANGUAGE else 1) for script, n in counts.items() if script != NO_LETTERS
+    }
+    if not weights:
         return NO_LETTERS
-    weights = {script: n * (3 if script in _LANGUAGE else 1) for script, n in counts.items()}
     script = max(sorted(weights), key=weights.__getitem__)
-    if script == "han" and counts["kana"] > _KANA_SHARE * counts["han"]:
+    if script == "han" and counts.get("kana", 0) > _KANA_SHARE * counts["han"]:
         return "japanese"
     return _LANGUAGE.get(script, script)

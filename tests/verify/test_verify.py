@@ -78,9 +78,7 @@ def test_the_exit_code_tells_a_difference(monkeypatch, capsys):
     [
         ["--layouts", "tp=3"],
         ["--layouts", "tp"],
-        ["--layouts", "dp=2", "--steps", "0"],
         ["--max-ranks", "4"],
-        ["--all", "--max-ranks", "0"],
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(words, capsys):
