@@ -101,7 +101,7 @@ def check_numbers_are_finite(config: RunConfig) -> Iterator[str]:
     """No float is NaN or infinite."""
     for key, value in _floats(config, ""):
         if not math.isfinite(value):
-            yield f"{key} ({value}) must be a finite number"
+            yield f"{key} ({value}) must be a finite number: give one, or leave the setting out"
 
 
 def _floats(value: Any, key: str) -> Iterator[tuple[str, float]]:
