@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megallama.commands.parser import Commands, add_run_words
+from megallama.host.errors import UserError
 
 
 def add(commands: Commands) -> None:
@@ -22,6 +23,8 @@ def _check(options: argparse.Namespace) -> None:
     from megallama.model.counts import count_parameters
     from megallama.preflight import check_runs
 
+    if options.world_size is not None and options.world_size < 1:
+        raise UserError(f"--world-size ({options.world_size}) must be at least 1: give the number of ranks")
     configs = load_jobs(options.overrides, is_multirun=options.multirun, extra_conf_dir=options.config_dir)
     check_runs(configs, world_size=options.world_size)
     for config in configs:
