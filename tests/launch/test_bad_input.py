@@ -141,6 +141,11 @@ SETTINGS: dict[str, tuple[list[str], int, str]] = {
         "optim.partial_parameters (embeding.*) names no parameter of the model: use names as decoder.layers.",
     ),
     "folder of token files": (["data.sources=[data]"], 1, "give the prefix of a pair in it, as "),
+    "misspelt key of a source": (
+        ["data.sources=[{path: data/train, wieght: 1}]"],
+        1,
+        "data.sources.0.wieght is not a setting: did you mean weight? it has path, weight, max_epochs, ",
+    ),
     "no setting": (["=5"], 1, "override '=5' names no setting: write section.setting=value"),
     "number beyond 64 bits": (
         ["train.seed=99999999999999999999"],
