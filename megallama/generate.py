@@ -57,7 +57,9 @@ class Sampling:
                 f"--temperature ({self.temperature}) must be 0 or more: 0 is greedy, 1 samples as trained"
             )
         if self.top_k < 0:
-            raise UserError(f"--top-k ({self.top_k}) must be 0 (all tokens) or more")
+            raise UserError(
+                f"--top-k ({self.top_k}) must not be negative: give 0 for all tokens, or how many of the likeliest"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p ({self.top_p}) must be in (0, 1]: 1 keeps all tokens")
 
@@ -190,7 +192,9 @@ def generate(
     sampling = sampling or Sampling()
     sampling.check()
     if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens ({max_new_tokens}) must be 1 or more")
+        raise UserError(
+            f"--max-new-tokens ({max_new_tokens}) must be at least 1: give how many tokens to add"
+        )
     with open_run(run_dir) as (config, stage, tokenizer):
         ids = tokenizer.encode(prompt)
         shown = tokenizer.decode(ids)

@@ -1,5 +1,6 @@
 """What the documents say exists: every file in the architecture, every linked page, every command of the quickstart."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -51,6 +52,28 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def links(document):
+    """What a document links to, from the repository's root, once for each time."""
+    targets = re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8"))
+    return [
+        target if "://" in target else os.path.relpath((document.parent / target).resolve(), ROOT)
+        for target in targets
+    ]
+
+
+def test_the_chinese_readme_links_to_what_the_english_one_does():
+    english, chinese = ROOT / "README.md", ROOT / "docs" / "zh" / "README.md"
+    own = {str(path.relative_to(ROOT)) for path in (english, chinese)}
+    assert set(links(english)) - own == set(links(chinese)) - own
+
+    def more(document, title):
+        """The links of the last section."""
+        text = document.read_text(encoding="utf-8").partition(f"\n## {title}\n")[2]
+        return [Path(target).name for target in re.findall(r"\]\(([^)]+)\)", text)]
+
+    assert more(english, "More") == more(chinese, "更多") and len(more(english, "More")) > 8
 
 
 def commands(document):

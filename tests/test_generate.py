@@ -66,8 +66,8 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(run_dir, cap
     [
         (["--temperature", "-1"], "--temperature (-1.0) must be 0 or more"),
         (["--top-p", "0"], "--top-p (0.0) must be in (0, 1]"),
-        (["--top-k", "-3"], "--top-k (-3) must be 0"),
-        (["--max-new-tokens", "0"], "--max-new-tokens (0) must be 1 or more"),
+        (["--top-k", "-3"], "--top-k (-3) must not be negative: give 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens (0) must be at least 1: give how many"),
     ],
 )
 def test_senseless_sampling_is_refused(run_dir, capsys, arguments, message):

@@ -137,7 +137,7 @@ def _model(
 def _format(reader: CheckpointReader, run: Path, asked: str | None) -> torch.dtype:
     if asked is not None:
         if asked not in FORMATS:
-            raise UserError(f"--dtype ({asked}) must be one of {', '.join(FORMATS)}")
+            raise UserError(f"--dtype ({asked}) is not a format: use one of {', '.join(FORMATS)}")
         return FORMATS[asked]
     source = reader.state.get("source")
     if isinstance(source, dict) and source.get("dtype") in ("float32", "bfloat16", "float16"):

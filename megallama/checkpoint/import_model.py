@@ -43,7 +43,7 @@ def import_model(
             shape of this name in conf/model/, `output` exists, the disk is full.
     """
     if vocab_multiple < 1:
-        raise UserError(f"--vocab-multiple ({vocab_multiple}) must be 1 or more")
+        raise UserError(f"--vocab-multiple ({vocab_multiple}) must be at least 1: 128 is usual")
     name = name or output.absolute().name
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(

@@ -47,7 +47,7 @@ def parse_size(text: str) -> int:
         unit = ""
     size = int(float(match[1]) * _UNITS[unit]) if match and unit is not None else 0
     if size < 1:
-        raise UserError(f"--max-shard-size ({text}) must be a size such as 5GB or 500MB")
+        raise UserError(f"--max-shard-size ({text}) is not a size: give one such as 5GB or 500MB")
     return size
 
 

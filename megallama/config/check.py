@@ -16,6 +16,7 @@ Rule = Callable[[RunConfig], Iterator[str]]
 
 VALUE_RULES: tuple[Rule, ...] = (
     check_values.check_ranges,
+    check_values.check_integers_fit,
     check_values.check_numbers_are_finite,
     check_values.check_ratios,
     check_values.check_loss_scale,

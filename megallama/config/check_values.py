@@ -62,6 +62,8 @@ ABOVE_ZERO = (
     "optim.eps",
 )
 
+LARGEST = 2**63 - 1
+
 ROPE_KIND_OF = {
     "rope_low_freq_factor": RopeScaling.llama3,
     "rope_high_freq_factor": RopeScaling.llama3,
@@ -86,6 +88,13 @@ def check_sizes_are_positive(config: RunConfig) -> Iterator[str]:
             yield f"{key} ({value}) must be at least 1: give a positive integer"
 
 
+def check_integers_fit(config: RunConfig) -> Iterator[str]:
+    """Every whole number is one that tensors and files can count with."""
+    for key, value in _numbers(config, ""):
+        if isinstance(value, int) and abs(value) > LARGEST:
+            yield f"{key} ({value}) must fit into 64 bits: give a smaller number"
+
+
 def check_ranges(config: RunConfig) -> Iterator[str]:
     """Numbers whose sign is fixed."""
     for key in NOT_NEGATIVE:
@@ -99,20 +108,20 @@ def check_ranges(config: RunConfig) -> Iterator[str]:
 
 def check_numbers_are_finite(config: RunConfig) -> Iterator[str]:
     """No float is NaN or infinite."""
-    for key, value in _floats(config, ""):
-        if not math.isfinite(value):
-            yield f"{key} ({value}) must be a finite number"
+    for key, value in _numbers(config, ""):
+        if not isinstance(value, int) and not math.isfinite(value):
+            yield f"{key} ({value}) must be a finite number: give one, or leave the setting out"
 
 
-def _floats(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float):
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, int | float]]:
+    if isinstance(value, int | float) and not isinstance(value, bool):
         yield key, value
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _floats(item, f"{key}.{index}")
+            yield from _numbers(item, f"{key}.{index}")
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            yield from _floats(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
+            yield from _numbers(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
 
 
 def check_keep_every(config: RunConfig) -> Iterator[str]:
@@ -154,7 +163,7 @@ def check_schedule(config: RunConfig) -> Iterator[str]:
         )
     if optim.schedule is not Schedule.wsd:
         return
-    if optim.decay_steps < 1:
+    if optim.decay_steps == 0:
         yield (
             f"optim.decay_steps ({optim.decay_steps}) must be at least 1 with optim.schedule=wsd:"
             f" a tenth of train.steps ({max(1, steps // 10)}) is usual"

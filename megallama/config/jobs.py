@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.config.load import CONF_DIR, expand_sweep, load_config
+from megallama.config.names import GROUPS
 from megallama.config.schema import RunConfig
+from megallama.host.errors import UserError
 
 
 def load_jobs(
@@ -22,7 +24,9 @@ def load_jobs(
 
     Raises:
         ConfigError: as `load_config` and `expand_sweep`.
+        UserError: `extra_conf_dir` is no such folder.
     """
+    _check_folder(extra_conf_dir)
     if not is_multirun:
         return [load_config(overrides, extra_conf_dir=extra_conf_dir)]
     configs = []
@@ -31,3 +35,10 @@ def load_jobs(
         train = dataclasses.replace(config.train, run_dir=f"{config.train.run_dir}/{index}")
         configs.append(dataclasses.replace(config, train=train))
     return configs
+
+
+def _check_folder(path: Path | None) -> None:
+    if path is None or any((path / group).is_dir() for group in GROUPS):
+        return
+    fault = "has neither model/ nor exp/" if path.is_dir() else "is not a folder"
+    raise UserError(f"--config-dir ({path}) {fault}: give the folder in which your model/ or exp/ lies")

@@ -57,6 +57,14 @@ def unknown_key(key: str, *, origin: str = "") -> str:
     return f"{key} is not a setting{found}: the sections are {', '.join(sections)}"
 
 
+def unknown_part(key: str, name: str, *, names: Iterable[str]) -> str:
+    """The message for a name that the part `key` of a list does not have."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{key}.{name} is not a setting: {hint}it has {', '.join(known)}"
+
+
 def nearest_key(key: str) -> str | None:
     """The setting, section or group that `key` was most likely meant to be; None when nothing is near."""
     keys = setting_keys()

@@ -58,6 +58,9 @@ def parse_overrides(
                 " special characters twice, as in \"train.run_dir='a, b'\""
             )
             continue
+        if not override.key_or_group:
+            result.problems.append(f"override {word!r} names no setting: write section.setting=value")
+            continue
         problem = _problem(override, word=word, group_options=group_options, allow_sweep=allow_sweep)
         if problem:
             result.problems.append(problem)

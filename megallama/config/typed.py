@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from omegaconf import MISSING
 
-from megallama.config.names import field_types, unknown_key
+from megallama.config.names import field_types, unknown_key, unknown_part
 from megallama.config.schema import SourceConfig
 
 T = TypeVar("T")
@@ -61,7 +61,12 @@ def build(cls: type[T], values: Any, *, problems: Problems, key: str = "", origi
     types_of = field_types(cls)
     for name in values:
         if name not in types_of:
-            problems.messages.append(unknown_key(_join(key, str(name)), origin=origin))
+            # A part of a list has names of its own; in which file the list stands is not known.
+            problems.messages.append(
+                unknown_part(key, str(name), names=field_types(cls))
+                if "." in key
+                else unknown_key(_join(key, str(name)), origin=origin)
+            )
     arguments = {}
     is_whole = all(name in types_of for name in values)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]

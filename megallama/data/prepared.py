@@ -149,6 +149,13 @@ def check_token_file(prefix: str | Path) -> list[str]:
         hint = "prepare it, or correct the path"
         if os.path.splitext(prefix)[1] in SUFFIXES and os.path.isfile(prefix):
             hint = f"give the prefix without {os.path.splitext(prefix)[1]}"
+        pairs = (
+            sorted(name for name in os.listdir(prefix) if name.endswith(".idx"))
+            if os.path.isdir(prefix)
+            else []
+        )
+        if pairs:
+            hint = f"it is a folder, give the prefix of a pair in it, as {prefix}/{pairs[0].removesuffix('.idx')}"
         return [f"token file {prefix} does not exist (no {' and no '.join(missing)} at this prefix): {hint}"]
     try:
         problems = _check_index(str(prefix), os.path.getsize(f"{prefix}.bin"))

@@ -72,7 +72,7 @@ def verify(
         UserError: a layout that the run cannot have, with the reason.
     """
     if steps < 1:
-        raise UserError(f"--steps ({steps}) must be at least 1")
+        raise UserError(f"--steps ({steps}) must be at least 1: 5 are usual")
     check_layouts(config, layouts)
     groups = _alike(config, layouts)
     _check_small(config, groups, steps=steps)

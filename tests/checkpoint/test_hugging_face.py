@@ -315,7 +315,7 @@ def test_sizes():
         1500,
     ]
     for wrong in ("", "0", "GB", "-5GB", "5XB"):
-        with pytest.raises(UserError, match="must be a size"):
+        with pytest.raises(UserError, match="is not a size"):
             parse_size(wrong)
 
 

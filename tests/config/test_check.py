@@ -38,6 +38,11 @@ RULES: list[tuple[list[str], str]] = [
         ["precision.initial_loss_scale=0.5"],
         "precision.initial_loss_scale (0.5) must be a power of two of at least 1",
     ),
+    (["train.seed=9223372036854775808"], "train.seed (9223372036854775808) must fit into 64 bits"),
+    (
+        ["parallel.layers_per_stage=[99999999999999999999]"],
+        "parallel.layers_per_stage.0 (99999999999999999999) must",
+    ),
     # schedule
     (["optim.warmup_steps=100"], "optim.warmup_steps (100) must be below train.steps (100)"),
     (
@@ -207,6 +212,7 @@ def test_rule_names_value_and_remedy(changes: list[str], message: str, tmp_path:
     problems = problems_of(small_run(tmp_path, *changes), world_size=None)
     matching = [problem for problem in problems if message in problem]
     assert len(matching) == 1, problems
+    assert len({problem.partition(" (")[0] for problem in problems}) == len(problems), "each thing told once"
 
 
 RANK_RULES: list[tuple[int, list[str], str]] = [

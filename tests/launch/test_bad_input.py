@@ -140,6 +140,28 @@ SETTINGS: dict[str, tuple[list[str], int, str]] = {
         1,
         "optim.partial_parameters (embeding.*) names no parameter of the model: use names as decoder.layers.",
     ),
+    "folder of token files": (["data.sources=[data]"], 1, "give the prefix of a pair in it, as "),
+    "misspelt key of a source": (
+        ["data.sources=[{path: data/train, wieght: 1}]"],
+        1,
+        "data.sources.0.wieght is not a setting: did you mean weight? it has path, weight, max_epochs, ",
+    ),
+    "no setting": (["=5"], 1, "override '=5' names no setting: write section.setting=value"),
+    "number beyond 64 bits": (
+        ["train.seed=99999999999999999999"],
+        1,
+        "train.seed (99999999999999999999) must fit",
+    ),
+    "configuration folder that is not there": (
+        ["--config-dir=absent"],
+        1,
+        "--config-dir (absent) is not a folder: give",
+    ),
+    "configuration folder of something else": (
+        ["--config-dir=corpus"],
+        1,
+        "--config-dir (corpus) has neither model/ nor exp/: give the folder in which",
+    ),
     "missing data": (["data.sources=[data/absent]"], 1, "data/absent does not exist"),
     "missing tokenizer": (["data.tokenizer=absent.model"], 1, "absent.model does not exist"),
     "vocabulary of the model": (
@@ -206,6 +228,14 @@ def test_bad_flags(case: str, workplace: Workplace) -> None:
     with unchanged(workplace.folder):
         outcome = run_command(train_command, [*workplace.arguments, *extra], folder=workplace.folder)
     assert_refused(outcome, expected)
+
+
+@pytest.mark.parametrize("world_size", ["0", "-2"])
+def test_a_world_without_ranks(world_size: str, workplace: Workplace) -> None:
+    words = ["check", *workplace.arguments, f"--world-size={world_size}"]
+    with unchanged(workplace.folder):
+        outcome = run_command(megallama_command, words, folder=workplace.folder)
+    assert_refused(outcome, f"--world-size ({world_size}) must be at least 1: give the number of ranks")
 
 
 def test_check_takes_the_words_of_the_entry_in_any_order(workplace: Workplace) -> None:
