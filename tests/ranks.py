@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from megallama.host import ranks
-from megallama.host.ranks import DEFAULT_TIMEOUT_S, free_port, start_forkserver
+from megallama.host.ranks import DEFAULT_TIMEOUT_S, start_forkserver
 
-__all__ = ["free_port", "run_ranks", "start_forkserver"]
+__all__ = ["run_ranks", "start_forkserver"]
 
 
 def run_ranks(

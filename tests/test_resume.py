@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.jobs import metrics, overrides, run_job, train
-from tests.ranks import free_port, run_ranks
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_loads_into_another_layout(tmp_path):
 
 def torchrun(arguments, *, world_size=2):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
-    command += [f"--master-port={free_port()}", str(ROOT / "launch" / "train.py"), *arguments]
+    command += ["--standalone", str(ROOT / "launch" / "train.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,

@@ -8,12 +8,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 DEFAULT_TIMEOUT_S = 240.0
 
@@ -37,13 +39,6 @@ def start_forkserver(preload: Sequence[str] = PRELOAD) -> None:
     _context.set_forkserver_preload(list(preload))
 
 
-def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run_ranks(
     world_size: int,
     function: Callable[..., Any],
@@ -58,7 +53,7 @@ def run_ranks(
         RankFailedError: a rank raised or ended without a result; the others are ended.
         TimeoutError: ranks without a result after `timeout_s` seconds.
     """
-    port = free_port()
+    store = _rendezvous_store()
     pipes: dict[Connection, int] = {}
     processes = []
     results: dict[int, Any] = {}
@@ -66,7 +61,7 @@ def run_ranks(
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_rank_main, args=(rank, world_size, port, sender, function, args)
+                target=_rank_main, args=(rank, world_size, store.port, sender, function, args)
             )
             process.start()
             sender.close()
@@ -87,6 +82,13 @@ def run_ranks(
                 process.kill()
             process.join(timeout=30)
     return [results[rank] for rank in range(world_size)]
+
+
+def _rendezvous_store() -> TCPStore:
+    """Where the ranks meet. It lives here, as torchrun's does in torchrun: no port is chosen before it is taken."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _result(pipe: Connection, rank: int, world_size: int) -> Any:
@@ -114,6 +116,7 @@ def _rank_main(
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0 need not open one
     )
     try:
         # Plain pickle copies tensors; the pipe's own would share their memory, which goes with the rank.

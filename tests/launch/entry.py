@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tests.ranks import free_port, run_ranks
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "launch" / "train.py"
@@ -135,7 +135,7 @@ def run_command(
 def torchrun(arguments: list[str], *, folder: Path) -> subprocess.CompletedProcess[str]:
     """Two ranks under the real launcher, everything they say in `stdout`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [f"--master-port={free_port()}", str(ENTRY), *arguments]
+    command += ["--standalone", str(ENTRY), *arguments]
     return subprocess.run(
         command,
         cwd=folder,

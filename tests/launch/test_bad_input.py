@@ -235,7 +235,7 @@ def test_a_world_without_ranks(world_size: str, workplace: Workplace) -> None:
     words = ["check", *workplace.arguments, f"--world-size={world_size}"]
     with unchanged(workplace.folder):
         outcome = run_command(megallama_command, words, folder=workplace.folder)
-    assert_refused(outcome, f"--world-size ({world_size}) must be at least 1: give the number of ranks")
+    assert_refused(outcome, f"--world-size: {world_size} must be a whole number, 1 at least")
 
 
 def test_check_takes_the_words_of_the_entry_in_any_order(workplace: Workplace) -> None:
