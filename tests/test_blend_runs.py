@@ -32,7 +32,6 @@ def settings(folder: Path) -> list[str]:
         "log.samples=true",
         "model.num_layers=2",
         "checkpoint.interval=3",
-        "checkpoint.async_save=false",  # so that the one of step 3 is there when the run is killed
         f"train.steps={STEPS}",
     ]
 

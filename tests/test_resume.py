@@ -46,11 +46,15 @@ LAYOUTS = {
 
 
 def train_three_of_five(arguments):
-    """Train with the settings of the whole run, and vanish after step 3 without a word."""
+    """Train with the settings of the whole run, and vanish without a word when the checkpoint of step 3 is there."""
     from megallama.trainer import hooks
+
+    run_dir = next(word.partition("=")[2] for word in arguments if word.startswith("train.run_dir="))
 
     def vanish(self, state, report):
         if state.step == 4:
+            while not (Path(run_dir) / "checkpoints" / "step-00000003").exists():
+                time.sleep(0.01)
             os._exit(9)
 
     hooks.GuardHook.after_step = vanish
