@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -65,8 +64,7 @@ class TokenFile:
             raise ConfigError(problems)
         self.name = str(prefix)
         self.manifest: Manifest | None = read_manifest(prefix)
-        with open(f"{prefix}.idx", "rb") as stream:
-            index = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        tokens, index = _mapped(f"{prefix}.bin"), _mapped(f"{prefix}.idx")
         _, _, code, sequences, entries = INDEX_HEADER.unpack(index[:_HEADER_BYTES])
         self._dtype = np.dtype(_NUMBER_FORMATS[code])
         # A document of Megatron's may be several sequences (sentences); they stand one after another in .bin.
@@ -82,9 +80,8 @@ class TokenFile:
         """Tokens of all documents."""
         self.num_documents = len(self._first_sequence) - 1
         """Number of documents."""
-        mapped = np.memmap(f"{prefix}.bin", dtype=self._dtype, mode="r", shape=(self.num_tokens,))
-        self._tokens = mapped.view(np.ndarray)
-        self._maps = cast("tuple[mmap.mmap, mmap.mmap]", (mapped.base, index))
+        self._tokens = np.frombuffer(tokens, self._dtype, count=self.num_tokens)
+        self._maps = tokens, index
         self._num_bytes = self.num_tokens * self._dtype.itemsize, len(self._maps[1])
 
     @cached_property
@@ -217,6 +214,11 @@ class TokenFile:
         return UserError(
             f"index {self.name}.idx is damaged (offset {entry}: {what}): prepare or copy the file again"
         )
+
+
+def _mapped(path: str) -> mmap.mmap:
+    with open(path, "rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _numbers(mapped_int64: npt.NDArray[np.int64]) -> memoryview:
