@@ -66,13 +66,18 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(run_dir, cap
     [
         (["--temperature", "-1"], "--temperature (-1.0) must be 0 or more"),
         (["--top-p", "0"], "--top-p (0.0) must be in (0, 1]"),
-        (["--top-k", "-3"], "--top-k (-3) must not be negative: give 0"),
         (["--max-new-tokens", "0"], "--max-new-tokens (0) must be at least 1: give how many"),
     ],
 )
 def test_senseless_sampling_is_refused(run_dir, capsys, arguments, message):
     code, out, err = output_of(capsys, run_dir, "--prompt", "a", *arguments)
     assert code == 2 and out == "" and message in err and "Traceback" not in err
+
+
+def test_numbers_of_another_kind_are_refused(run_dir, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", str(run_dir), "--prompt", "a", "--top-k", "-3"])
+    assert "--top-k: -3 must be a whole number, 0 at least" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):

@@ -131,9 +131,9 @@ def test_all_that_goes_to_a_gpu_is_page_locked(prefix: str, monkeypatch: pytest.
     shape = torch.Size([12, 10])
     positions = torch.Size([1, 10])
     assert locked == [
+        (positions, torch.int64),  # once for all batches
         *[(shape, torch.int64)] * 2,
         (shape, torch.float32),
-        (positions, torch.int64),
     ]
 
 
