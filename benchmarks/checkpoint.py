@@ -42,6 +42,9 @@ class Work:
     def __init__(self, *, gigabytes: float, tokens: int) -> None:
         count = max(1, round(gigabytes * 1e9 / BYTES_PER_PARAMETER / WIDTH**2))
         self.model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(count)))
+        for weight in self.model.parameters():
+            # Or numbers shrink from layer to layer to denormal ones, which take a CPU a hundred times as long.
+            torch.nn.init.normal_(weight, std=WIDTH**-0.5)
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.batch = torch.randn(tokens, WIDTH)
         self.step()
