@@ -16,8 +16,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from random_tokens import write_tokens
 
 from megallama.config.load import load_config
 from megallama.metrics.jsonl import load_metrics
@@ -25,14 +24,6 @@ from megallama.model.counts import count_parameters
 from megallama.train import run
 
 BYTES_PER_PARAMETER = 12
-
-
-def write_tokens(prefix: Path, *, vocab_size: int, count: int) -> None:
-    """A dataset of random tokens."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for document in np.random.default_rng(0).integers(0, vocab_size, (count // 1000 + 1, 1000)):
-        builder.add_document(document, [len(document)])
-    builder.finalize(f"{prefix}.idx")
 
 
 def main() -> None:
@@ -51,7 +42,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="checkpoint-benchmark-") as name:
         folder = Path(name).absolute()
         tokens = (options.steps + 1) * options.batch * (options.seq_len + 1)
-        write_tokens(folder / "train", vocab_size=options.vocab_size, count=tokens)
+        write_tokens(
+            folder / "train", vocab_size=options.vocab_size, documents=tokens // 1000 + 1, length=1000
+        )
         config = load_config(
             [
                 f"model={options.model}", f"model.vocab_size={options.vocab_size}",

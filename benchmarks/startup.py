@@ -17,8 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from random_tokens import write_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 600.0
@@ -86,15 +85,6 @@ def first_step(folder: Path, ranks: int, number: int) -> tuple[float, float]:
     return (run_dir / "metrics.jsonl").stat().st_mtime - begun_s, whole
 
 
-def write_tokens(prefix: Path) -> None:
-    """Enough random tokens for a step."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    generator = np.random.default_rng(0)
-    for _ in range(64):
-        builder.add_document(generator.integers(1, 127, size=65), [65])
-    builder.finalize(f"{prefix}.idx")
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -105,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_tokens(folder / "tokens")
+        write_tokens(folder / "tokens", vocab_size=127, documents=64, length=65)
         floor_script = folder / "floor.py"
         floor_script.write_text(FLOOR, encoding="utf-8")
         for ranks in arguments.ranks:

@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from random_tokens import write_tokens
 
 from megallama.config.schema import (
     CheckpointConfig,
@@ -186,10 +185,7 @@ def training_shares(dtype: str, *, steps: int) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         prefix = Path(folder) / "train"
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-        for document in np.random.default_rng(0).integers(0, MODEL.vocab_size, (2000, 300)):
-            builder.add_document(document, [len(document)])
-        builder.finalize(f"{prefix}.idx")
+        write_tokens(prefix, vocab_size=MODEL.vocab_size, documents=2000, length=300)
         config = dataclasses.replace(
             run_config(dtype),
             data=DataConfig(sources=[SourceConfig(path=str(prefix))]),

@@ -79,9 +79,8 @@ def command(*words: str) -> None:
     print(f"$ {shlex.join(words)}\n", flush=True)
     programs = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"}
-    environment["CUDA_VISIBLE_DEVICES"] = (
-        ""  # the same demo everywhere: one GPU would be too few for its ranks
-    )
+    # The same demo everywhere: one GPU would be too few for its ranks.
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // RANKS)))
     subprocess.run(words, check=True, env=environment)
     print(flush=True)

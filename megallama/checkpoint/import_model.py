@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from megallama.checkpoint.facts import model_facts
-from megallama.checkpoint.hugging_face_weights import HuggingFaceWeights, model_of_folder, row_blocks
+from megallama.checkpoint.hugging_face_weights import HuggingFaceWeights, row_blocks
 from megallama.checkpoint.model_folder import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -21,6 +21,7 @@ from megallama.checkpoint.writer import CheckpointWriter
 from megallama.config.load import is_shipped_otherwise, model_to_yaml
 from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
+from megallama.model.hugging_face_config import model_from_hugging_face
 
 
 def import_model(
@@ -49,7 +50,10 @@ def import_model(
         raise UserError(
             f"the name of the shape ({name!r}) must be letters, digits, '_', '-', '.': give --name"
         )
-    model = model_of_folder(source, name=name, vocab_multiple=vocab_multiple)
+    config = read_json(source / CONFIG_FILE)
+    model = model_from_hugging_face(
+        config, name=name, vocab_multiple=vocab_multiple, origin=str(source / CONFIG_FILE)
+    )
     if is_shipped_otherwise(name, model):
         raise UserError(
             f"the name of the shape ({name}) is that of another one in conf/model/: give another with --name"
@@ -57,12 +61,7 @@ def import_model(
     with HuggingFaceWeights(source, model=model) as weights:
         size_bytes = 4 * sum(math.prod(tensor.shape) for tensor in weights.canonical.values())
         with new_folder(output) as folder:
-            state = {
-                "source": {
-                    "model_type": read_json(source / CONFIG_FILE)["model_type"],
-                    "dtype": weights.widest_dtype,
-                }
-            }
+            state = {"source": {"model_type": config["model_type"], "dtype": weights.widest_dtype}}
             with CheckpointWriter(
                 folder / "checkpoints", step=0, model=model_facts(model), state=state, size_bytes=size_bytes
             ) as writer:

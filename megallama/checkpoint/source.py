@@ -50,8 +50,7 @@ def source_problems(path: Path, *, model: ModelConfig, own: Path) -> list[str]:
 
 def is_hugging_face_source(path: Path) -> bool:
     """Whether `path` names a Hugging Face model rather than checkpoints, which go before."""
-    has_checkpoints = any(find_checkpoints(folder) for folder in (path / "checkpoints", path))
-    return is_hugging_face(path) and not is_checkpoint(path) and not has_checkpoints
+    return is_hugging_face(path) and not is_checkpoint(path) and not _checkpoints_at(path)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -74,15 +73,22 @@ def _facts_of_folder(path: Path, model: ModelConfig) -> dict[str, JSON]:
         return model_facts(there)
 
 
+def _checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints of a run folder, or of a folder of checkpoints, the newest first."""
+    for directory in (path / "checkpoints", path):
+        steps = find_checkpoints(directory)
+        if steps:
+            return [directory / step_name(step) for step in reversed(steps)]
+    return []
+
+
 def _candidate(path: Path) -> Path:
     """The checkpoint itself, or the newest of a run folder whose files are all there."""
     if is_checkpoint(path):
         return path
-    for directory in (path / "checkpoints", path):
-        steps = find_checkpoints(directory)
-        paths = [directory / step_name(step) for step in reversed(steps)]
-        if paths:
-            return next((candidate for candidate in paths if is_complete(candidate)), paths[0])
+    paths = _checkpoints_at(path)
+    if paths:
+        return next((candidate for candidate in paths if is_complete(candidate)), paths[0])
     raise UserError(
         "there is no checkpoint: give a step-... directory, the train.run_dir of a run, or a Hugging Face folder"
     )

@@ -44,10 +44,10 @@ def open_data(config: RunConfig) -> RunData:
         ConfigError: missing or damaged files, a vocabulary larger than the model's, or sources that cannot be mixed;
             all of a kind at once.
     """
-    problems = [problem for path in _paths(config) for problem in check_token_file(path)]
+    problems = [problem for path in source_paths(config) for problem in check_token_file(path)]
     if problems:
         raise ConfigError(problems)
-    files = {path: open_files(path) for path in _paths(config)}
+    files = {path: open_files(path) for path in source_paths(config)}
     for path, parts in files.items():
         _check_vocabulary(path, parts, vocab_size=config.model.vocab_size)
     return _open(config, files, index_folder=Path(config.train.run_dir) / INDEX_FOLDER)
@@ -64,7 +64,7 @@ def check_data(config: RunConfig) -> list[str]:
     if not _is_mixable(sound.data.sources):
         return []
     try:
-        data = _open(sound, {path: open_files(path) for path in _paths(sound)}, index_folder=None)
+        data = _open(sound, {path: open_files(path) for path in source_paths(sound)}, index_folder=None)
     except ConfigError as error:
         return list(error.problems)
     has_checkpoints = any((Path(config.train.run_dir) / "checkpoints").glob("*"))
@@ -75,7 +75,8 @@ def check_data(config: RunConfig) -> list[str]:
     return [] if shortage is None else [shortage]
 
 
-def _paths(config: RunConfig) -> list[str]:
+def source_paths(config: RunConfig) -> list[str]:
+    """Every path that the data of a run is read from, each once."""
     return list(dict.fromkeys(entry.path for entry in config.data.all_sources()))
 
 
@@ -85,7 +86,7 @@ def _is_mixable(sources: Sequence[SourceConfig]) -> bool:
 
 def _with_sound_sources(config: RunConfig) -> RunConfig:
     """`config` without sources that rules of their own refuse, and without mixes of which nothing is left."""
-    is_whole = {path: not check_token_file(path) for path in _paths(config)}
+    is_whole = {path: not check_token_file(path) for path in source_paths(config)}
 
     def sound(key: str, sources: Sequence[SourceConfig]) -> list[SourceConfig]:
         return [source for source in sources if is_whole[source.path] and _has_sound_numbers(key, source)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megallama.checkpoint.agreement import Ranks
 from megallama.config.schema import RunConfig
 from megallama.data.checksums import compare_checksums, compared_bytes
+from megallama.data.open import source_paths
 from megallama.host.errors import ConfigError
 from megallama.topology.groups import Topology
 
@@ -34,8 +35,7 @@ def check_data(config: RunConfig, topology: Topology) -> None:
 def _read(config: RunConfig) -> Iterator[int]:
     """Bytes read so far, every few seconds."""
     problems: list[str] = []
-    paths = dict.fromkeys(entry.path for entry in config.data.all_sources())
-    sizes = {path: compared_bytes(path) for path in paths}
+    sizes = {path: compared_bytes(path) for path in source_paths(config)}
     log.info(
         "comparing %.1f GB of data with their checksums (data.verify_checksums)", sum(sizes.values()) / 1e9
     )

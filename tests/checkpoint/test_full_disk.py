@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,15 @@ from megallama.checkpoint.verify import latest_checkpoint, verify_checkpoint
 from megallama.host.errors import UserError
 
 CALLS = ("open", "write", "fsync", "replace", "mkdir")
+
+
+@contextmanager
+def replaced(calls: Mapping[str, Any]) -> Iterator[None]:
+    """Functions of `os` are others within the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in calls.items():
+            patch.setattr(os, name, function)
+        yield
 
 
 @contextmanager
@@ -49,13 +58,8 @@ def full_at(number: int, folder: Path) -> Iterator[list[str]]:
 
         return call
 
-    for name in CALLS:
-        setattr(os, name, wrapped(name))
-    try:
+    with replaced({name: wrapped(name) for name in known}):
         yield made
-    finally:
-        for name, function in known.items():
-            setattr(os, name, function)
 
 
 @contextmanager
@@ -78,13 +82,8 @@ def noted_calls() -> Iterator[list[tuple[str, str]]]:
 
         return call
 
-    for name in known:
-        setattr(os, name, note(name))
-    try:
+    with replaced({name: note(name) for name in known}):
         yield noted
-    finally:
-        for name, function in known.items():
-            setattr(os, name, function)
 
 
 def test_everything_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
