@@ -25,7 +25,7 @@ help:
 	@echo 'make test    lint, types and all tests'
 	@echo 'make matrix  every legal layout of up to 8 ranks against one process, on CPU'
 	@echo 'make lint    only lint and types'
-	@echo 'make docs    write docs/configuration.md again'
+	@echo 'make docs    write docs/configuration.md and the file table of docs/architecture.md again'
 	@echo 'make clean   remove caches and build/; $(VENV) and runs/ stay'
 
 setup: $(STAMP)
@@ -48,7 +48,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadscope
 
 matrix: setup
-	$(BIN)/python -m tests.matrix
+	$(BIN)/python -m tests.layouts.matrix
 
 lint: setup
 	$(BIN)/ruff check .
@@ -61,6 +61,7 @@ demo: setup
 
 docs: setup
 	$(BIN)/python -m megallama.config.reference
+	$(BIN)/python -m tests.project.file_table
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import torch
 
-from megallama.kernels.attention import Attention
-from megallama.kernels.segments import DocumentStarts
+from megallama.kernels.attention.core import Attention
+from megallama.kernels.attention.plan import DocumentStarts
 
 LENGTHS = (4, 32, 200, 1000)
 """Tokens of the documents of a packing; a further one mixes lengths from 1 to 1000."""

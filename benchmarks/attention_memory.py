@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megallama.kernels.attention import Attention, masked_attention
-from megallama.kernels.segments import DocumentStarts
+from megallama.kernels.attention.core import Attention, masked_attention
+from megallama.kernels.attention.plan import DocumentStarts
 
 LENGTHS = [1024 << k for k in range(6)]
 """1K to 32K tokens."""

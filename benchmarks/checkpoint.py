@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from megallama.checkpoint.background import BackgroundSaver
-from megallama.checkpoint.boxes import DEFAULT_CAP_ELEMENTS, BoxedTensor, split_range
-from megallama.checkpoint.store import load_checkpoint, save_checkpoint
-from megallama.checkpoint.verify import latest_checkpoint
+from megallama.checkpoint.distributed.background import BackgroundSaver
+from megallama.checkpoint.distributed.store import load_checkpoint, save_checkpoint
+from megallama.checkpoint.format.boxes import DEFAULT_CAP_ELEMENTS, BoxedTensor, split_range
+from megallama.checkpoint.format.integrity import latest_checkpoint
 
 WIDTH = 1024
 BLOCK_BYTES = 8 << 20

@@ -60,7 +60,7 @@ class Ours:
             SourceConfig,
             TrainConfig,
         )
-        from megallama.data.loader import open_loader
+        from megallama.stream.loader import open_loader
 
         sources = [SourceConfig(path=p, weight=w) for p, w in zip(prefixes, WEIGHTS, strict=True)]
         train = TrainConfig(
@@ -135,7 +135,7 @@ def measure(kind: str, prefixes: list[str], options: argparse.Namespace) -> dict
     import megatron.core.datasets.gpt_dataset  # noqa: F401 - both need it loaded: its time and memory are not counted
     import torch
 
-    import megallama.data.loader  # noqa: F401
+    import megallama.stream.loader  # noqa: F401
 
     torch.set_num_threads(1)
     before, begun = peak_mib(), time.perf_counter()

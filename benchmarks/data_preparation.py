@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 OURS = """
 import sys
-from megallama.data.prepare import prepare
+from megallama.prepare.run import prepare
 corpus, output, tokenizer = sys.argv[1:]
 prepare([corpus], output, tokenizer=tokenizer, validation_fraction=0, workers=1)
 """
@@ -67,7 +67,7 @@ def numbered(text: str, copy: int) -> str:
 
 
 def write_corpora(folder: Path, *, copies: int) -> dict[str, Path]:
-    from tests.materials import chinese_chapters
+    from tests.support.materials import chinese_chapters
 
     library = Path(sysconfig.get_paths()["stdlib"])
     python = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py"))]
@@ -150,7 +150,7 @@ def tokens_of(program: str, output: Path) -> np.ndarray:
         import datasets
 
         return np.concatenate(datasets.load_from_disk(f"{output}/tokens").with_format("numpy")["input_ids"])
-    from megallama.data.token_file import TokenFile
+    from megallama.tokens.token_file import TokenFile
 
     file = TokenFile(output / ("train" if program == "megallama" else "out_text_document"))
     return file.view(0, file.num_tokens)
@@ -195,7 +195,7 @@ def compare_preparations(
         copies: How often the corpora are repeated.
         rounds: How often each program runs.
     """
-    from tests.materials import MISTRAL
+    from tests.support.materials import MISTRAL
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

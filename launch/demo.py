@@ -93,7 +93,7 @@ def say(text: str) -> None:
 
 def unigram_perplexity() -> float:
     """Perplexity of guessing by word frequency alone."""
-    from megallama.data.statistics import unigram_loss
+    from megallama.tokens.statistics import unigram_loss
 
     return math.exp(unigram_loss(str(DATA / "train"), str(DATA / "valid"), vocab_size=VOCAB_SIZE))
 

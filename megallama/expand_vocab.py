@@ -14,15 +14,15 @@ from typing import Literal, get_args
 
 import torch
 
-from megallama.checkpoint.facts import model_facts, model_of_facts
-from megallama.checkpoint.protocol import find_checkpoints
-from megallama.checkpoint.reader import CheckpointReader
-from megallama.checkpoint.verify import intact_checkpoint
-from megallama.checkpoint.writer import CheckpointWriter
-from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.checkpoint.format.integrity import intact_checkpoint
+from megallama.checkpoint.format.model_identity import model_facts, model_of_facts
+from megallama.checkpoint.format.protocol import find_checkpoints
+from megallama.checkpoint.offline.reader import CheckpointReader
+from megallama.checkpoint.offline.writer import CheckpointWriter
 from megallama.grid import padded_vocab_size
 from megallama.host.errors import UserError
 from megallama.model.build import EMBEDDING, OUTPUT
+from megallama.tokenizers.load import Tokenizer, load_tokenizer
 from megallama.trainer.run_folder import RunFolder
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from megallama.checkpoint.protocol import read_manifest
-from megallama.checkpoint.reader import CheckpointReader
-from megallama.checkpoint.verify import latest_checkpoint
+from megallama.checkpoint.format.integrity import latest_checkpoint
+from megallama.checkpoint.format.protocol import read_manifest
+from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.config.load import load_model_yaml, load_yaml
 from megallama.config.schema import (
     Dtype,
@@ -25,10 +25,10 @@ from megallama.config.schema import (
     TrainConfig,
     ZeroConfig,
 )
-from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.host.errors import UserError
 from megallama.host.launch import read_launch_environment
 from megallama.model.build import Stage, build_model
+from megallama.tokenizers.load import Tokenizer, load_tokenizer
 from megallama.topology.connect import connect
 from megallama.trainer.run_folder import TOKENIZER_NAMES, RunFolder
 

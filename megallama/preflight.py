@@ -10,11 +10,11 @@ from pathlib import Path
 
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
-from megallama.data.open import check_data
-from megallama.data.prepared import check_token_file, read_manifest
-from megallama.data.tokenizer import load_tokenizer
 from megallama.host.errors import ConfigError
-from megallama.model.hugging_face_names import canonical_tensors
+from megallama.huggingface.names import canonical_tensors
+from megallama.stream.open import check_data
+from megallama.tokenizers.load import load_tokenizer
+from megallama.tokens.manifest import check_token_file, read_manifest
 
 
 def check_run(config: RunConfig, *, world_size: int | None) -> None:
@@ -57,7 +57,7 @@ def check_runs(configs: Sequence[RunConfig], *, world_size: int | None) -> None:
 
 def _check_weights(config: RunConfig) -> list[str]:
     # Imported here: it needs torch, which a run that starts from random weights need not wait for.
-    from megallama.checkpoint.source import source_problems
+    from megallama.trainer.init_from import source_problems
 
     path = str(config.train.init_from)
     own = Path(config.train.run_dir) / "checkpoints"

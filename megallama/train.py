@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from megallama.config.schema import RunConfig
-from megallama.data.build import build_loader
 from megallama.engine.build import build_engine
 from megallama.host.launch import LaunchEnvironment, read_launch_environment
 from megallama.model.build import build_model
 from megallama.preflight import check_run
+from megallama.stream.build import build_loader
 from megallama.topology.connect import connect
 from megallama.trainer.build import build_trainer, open_run_folder
 from megallama.trainer.data_check import check_data

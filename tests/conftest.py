@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.jobs import run_job
-from tests.ranks import start_forkserver
+from tests.support.corpus import corpus, tokenizer, tokenizer_path  # noqa: F401 - fixtures
+from tests.support.jobs import run_job
+from tests.support.ranks import start_forkserver
 
 start_forkserver()
 

@@ -13,8 +13,8 @@ from megallama.commands.parser import Commands
 from megallama.host.errors import EXIT_DIFFERENT
 
 if TYPE_CHECKING:
-    from megallama.checkpoint.reader import CheckpointReader
-    from megallama.checkpoint.summary import Summary
+    from megallama.checkpoint.offline.reader import CheckpointReader
+    from megallama.checkpoint.offline.summary import Summary
 
 
 def add(commands: Commands) -> None:
@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    from megallama.checkpoint.summary import checkpoints_at, summarize
+    from megallama.checkpoint.offline.summary import checkpoints_at, summarize
 
     rows = [_row(summarize(path)) for path in checkpoints_at(options.path)]
     print("\n".join(_table([("step", "size", "age", "layout", "state"), *rows])))
@@ -52,8 +52,8 @@ def _row(summary: Summary) -> tuple[str, ...]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megallama.checkpoint.summary import checkpoints_at
-    from megallama.checkpoint.verify import verify_checkpoint
+    from megallama.checkpoint.format.integrity import verify_checkpoint
+    from megallama.checkpoint.offline.summary import checkpoints_at
 
     is_damaged = False
     for path in [found for given in options.paths for found in checkpoints_at(given)]:
@@ -64,8 +64,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from megallama.checkpoint.reader import CheckpointReader
-    from megallama.checkpoint.summary import checkpoints_at, summarize
+    from megallama.checkpoint.offline.reader import CheckpointReader
+    from megallama.checkpoint.offline.summary import checkpoints_at, summarize
 
     paths = checkpoints_at(options.path)
     complete = (path for path in reversed(paths) if len(paths) == 1 or not summarize(path).problem)
@@ -77,7 +77,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _facts(reader: CheckpointReader) -> Iterator[str]:
-    from megallama.checkpoint.summary import layout_text
+    from megallama.checkpoint.offline.summary import layout_text
 
     sizes = [math.prod(reader.shape(f"fp32/{name}")) for name in reader.names()]
     progress = reader.state.get("progress")

@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
 
 
 def _trace(options: argparse.Namespace) -> None:
-    from megallama.data.trace import trace_step
+    from megallama.stream.trace import trace_step
 
     rows = None if options.row is None else range(options.row, options.row + 1)
     for sequence in trace_step(options.run_dir, step=options.step, rows=rows, chars=options.chars):
@@ -70,8 +70,9 @@ def _trace(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megallama.data.checksums import compare_checksums, compared_bytes, prefixes_at
     from megallama.metrics.progress import progress_bar
+    from megallama.stream.locate import prefixes_at
+    from megallama.tokens.checksums import compare_checksums, compared_bytes
 
     prefixes = list(dict.fromkeys(prefix for path in options.paths for prefix in prefixes_at(path)))
     sizes = {prefix: compared_bytes(prefix) for prefix in prefixes}

@@ -52,7 +52,7 @@ def parse_size(text: str) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from megallama.checkpoint.export_model import export_model
+    from megallama.huggingface.export_model import export_model
 
     files = export_model(
         options.source,

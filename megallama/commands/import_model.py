@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from megallama.checkpoint.import_model import import_model
+    from megallama.huggingface.import_model import import_model
     from megallama.model.counts import count_parameters
 
     model = import_model(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from megallama.host.errors import UserError
 
 if TYPE_CHECKING:
-    from megallama.data.corpus import Documents
+    from megallama.corpus.corpus import Documents
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 

@@ -14,7 +14,7 @@ from megallama.commands.parser import (
 )
 
 if TYPE_CHECKING:
-    from megallama.data.prepare_report import PrepareReport
+    from megallama.prepare.report import PrepareReport
 
 
 def add(commands: Commands) -> None:
@@ -56,8 +56,8 @@ def add(commands: Commands) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from megallama.data.prepare import prepare
     from megallama.metrics.progress import progress_bar
+    from megallama.prepare.run import prepare
 
     with progress_bar("tokenizing") as progress:
         report = prepare(

@@ -81,8 +81,8 @@ def _add_merge(actions: Commands) -> None:
 
 
 def _train_tokenizer(options: argparse.Namespace) -> None:
-    from megallama.data.tokenizer_training import train_tokenizer
     from megallama.metrics.progress import progress_bar
+    from megallama.tokenizers.training import train_tokenizer
 
     with progress_bar("sampling") as progress:
         path = train_tokenizer(
@@ -109,10 +109,10 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
 
 
 def _merge_tokenizers(options: argparse.Namespace) -> None:
-    from megallama.data.compression import compression_table, measure_compression, sample_text
-    from megallama.data.tokenizer import load_tokenizer
-    from megallama.data.tokenizer_merge import merge_tokenizers
-    from megallama.data.tokenizer_training import check_model_output
+    from megallama.tokenizers.compression import compression_table, measure_compression, sample_text
+    from megallama.tokenizers.load import load_tokenizer
+    from megallama.tokenizers.merge import merge_tokenizers
+    from megallama.tokenizers.training import check_model_output
 
     check_model_output(options.output, overwrite=options.overwrite)
     lines = []
@@ -150,7 +150,7 @@ def _merge_tokenizers(options: argparse.Namespace) -> None:
 
 
 def _inspect_tokenizer(options: argparse.Namespace) -> None:
-    from megallama.data.tokenizer import load_tokenizer
-    from megallama.data.tokenizer_inspection import SAMPLES, inspect_tokenizer
+    from megallama.tokenizers.inspection import SAMPLES, inspect_tokenizer
+    from megallama.tokenizers.load import load_tokenizer
 
     print(inspect_tokenizer(load_tokenizer(options.tokenizer), tuple(options.text) or SAMPLES))

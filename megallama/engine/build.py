@@ -12,7 +12,7 @@ from megallama.engine.adam import build_adam, parameter_groups
 from megallama.engine.fragment import Fragment
 from megallama.engine.invariants import Invariants
 from megallama.engine.learning_rate import learning_rate
-from megallama.engine.partial import PartialTraining
+from megallama.engine.partial_training import PartialTraining
 from megallama.engine.schedule import ScheduledChunk, run_schedule
 from megallama.engine.state import (
     check_fragments,

@@ -35,10 +35,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megallama.compat.double import use_double
 from megallama.config.schema import Dtype, RunConfig
 from megallama.engine.local_gradients import LocalGradients
 from megallama.grid import num_micro_batches
-from megallama.host.double import use_double
 from megallama.topology.groups import DeepSpeedGroups, Topology
 
 with warnings.catch_warnings():
@@ -298,7 +298,7 @@ def deepspeed_config(config: RunConfig, *, shard_size: int) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},
     }
     if config.precision.dtype != Dtype.fp64:
-        # Absent, both mean the format of the parameters, which is fp64 then (see host/double.py).
+        # Absent, both mean the format of the parameters, which is fp64 then (see compat/double.py).
         settings |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if config.zero.offload:
         settings["zero_optimization"]["offload_optimizer"] = {

@@ -24,3 +24,11 @@ class ConfigError(UserError):
         else:
             text = f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
         super().__init__(text)
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what its writer left: truncated, altered, incomplete, or not a checkpoint."""
+
+
+class CheckpointError(RuntimeError):
+    """A save or load failed for a reason that is not the user's: a fault of this program or its libraries."""

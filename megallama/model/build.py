@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megallama.config.schema import Dtype, ModelConfig, Recompute, RunConfig, TrainConfig
 from megallama.grid import padded_vocab_size, split_layers
-from megallama.kernels.attention import choose_attention
+from megallama.kernels.attention.core import choose_attention
 from megallama.kernels.norm import choose_norm
 from megallama.model.chunks import Chunks, take_output_weight
 from megallama.model.initialize import initialize_parameter

@@ -15,10 +15,10 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megallama.kernels.attention import Attention
+from megallama.kernels.attention.core import Attention
+from megallama.kernels.attention.transformer_engine import TransformerEngineAttention
 from megallama.kernels.norm import NormFunction
 from megallama.kernels.swiglu import swiglu
-from megallama.kernels.transformer_engine import TransformerEngineAttention
 from megallama.model.packing import Packing
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megallama.kernels.segments import DocumentStarts
+from megallama.kernels.attention.plan import DocumentStarts
 
 
 @dataclass

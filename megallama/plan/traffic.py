@@ -2,7 +2,7 @@
 
 A call counts with its larger buffer: what all_gather gives, what reduce_scatter takes, what all_reduce, broadcast
 and send are given. On a ring of n ranks an all_reduce moves 2 (n - 1) / n of that over the wire, all_gather and
-reduce_scatter (n - 1) / n. `metrics/traffic.py` measures the same; a test holds the two equal byte for byte.
+reduce_scatter (n - 1) / n. `metrics/traffic_meter.py` measures the same; a test holds the two equal byte for byte.
 
 Letters: S positions of a rank's part of a sequence, B sequences of a micro-batch, H hidden width, m micro-batches.
 """
@@ -166,7 +166,7 @@ def _add_tensor_parallel(
 def _add_context_parallel(
     traffic: Counter[tuple[str, str, str]], config: RunConfig, grid: Grid, holding: _Holding, m: int
 ) -> None:
-    """What attention moves: kernels/attention_context.py."""
+    """What attention moves: kernels/attention/context_parallel.py."""
     if grid.cp == 1:
         return
     model, train = config.model, config.train

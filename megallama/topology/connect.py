@@ -9,9 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megallama.compat.megatron_core import install_cpu_stand_ins
 from megallama.config.schema import ParallelConfig
 from megallama.grid import Grid
-from megallama.host.cpu import install_cpu_stand_ins
 from megallama.host.errors import UserError
 from megallama.host.launch import LaunchEnvironment, tell_libraries
 from megallama.topology.groups import Topology

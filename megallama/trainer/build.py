@@ -16,26 +16,26 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megallama.checkpoint.agreement import Ranks
-from megallama.checkpoint.facts import model_facts
+from megallama.checkpoint.format.model_identity import model_facts
 from megallama.config.load import to_yaml
 from megallama.config.schema import RunConfig
-from megallama.data.loader import DataLoader
 from megallama.engine.build import Engine
 from megallama.host.errors import UserError
 from megallama.host.launch import LaunchEnvironment
 from megallama.host.log import start_log, stop_log
-from megallama.metrics.traffic import TrafficMeter
+from megallama.metrics.traffic_meter import TrafficMeter
+from megallama.stream.loader import DataLoader
+from megallama.topology.agreement import Ranks
 from megallama.topology.groups import Topology
-from megallama.trainer.hooks import CheckpointHook, EvalHook, GuardHook, Hook, StopHook
+from megallama.trainer.hooks.base import CheckpointHook, EvalHook, GuardHook, Hook, StopHook
+from megallama.trainer.hooks.metrics import MetricsHook
+from megallama.trainer.hooks.samples import SamplesHook
+from megallama.trainer.hooks.traffic import MeteredEngine
 from megallama.trainer.loop import StepEngine, Trainer
-from megallama.trainer.metrics_hook import MetricsHook
 from megallama.trainer.resume import layout_facts, start_run
 from megallama.trainer.run_folder import RunFolder
-from megallama.trainer.samples_hook import SamplesHook
 from megallama.trainer.saver import Saver, SaveReportHook
 from megallama.trainer.state import TrainState
-from megallama.trainer.traffic_hook import MeteredEngine
 
 log = logging.getLogger(__name__)
 

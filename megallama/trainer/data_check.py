@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from megallama.checkpoint.agreement import Ranks
 from megallama.config.schema import RunConfig
-from megallama.data.checksums import compare_checksums, compared_bytes
-from megallama.data.open import source_paths
 from megallama.host.errors import ConfigError
+from megallama.stream.open import source_paths
+from megallama.tokens.checksums import compare_checksums, compared_bytes
+from megallama.topology.agreement import Ranks
 from megallama.topology.groups import Topology
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megallama.engine.step import StepResult
-from megallama.trainer.hooks import Hook, StepReport, StopTraining
+from megallama.trainer.hooks.base import Hook, StepReport, StopTraining
 from megallama.trainer.state import TrainState
 
 

@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megallama.checkpoint.agreement import Ranks
-from megallama.checkpoint.boxes import build_boxes
-from megallama.checkpoint.facts import model_differences, model_facts
-from megallama.checkpoint.hugging_face_weights import load_hugging_face
-from megallama.checkpoint.protocol import read_manifest, step_name
-from megallama.checkpoint.source import is_hugging_face_source
-from megallama.checkpoint.store import load_checkpoint
-from megallama.checkpoint.verify import intact_checkpoint, latest_checkpoint
+from megallama.checkpoint.distributed.store import load_checkpoint
+from megallama.checkpoint.format.boxes import build_boxes
+from megallama.checkpoint.format.integrity import intact_checkpoint, latest_checkpoint
+from megallama.checkpoint.format.model_identity import model_differences, model_facts
+from megallama.checkpoint.format.protocol import read_manifest, step_name
 from megallama.config.same_model import WITHOUT_WEIGHTS
 from megallama.config.schema import RunConfig
-from megallama.data.loader import DataLoader
 from megallama.engine.build import Engine
 from megallama.host.errors import UserError
+from megallama.huggingface.weights import load_hugging_face
+from megallama.stream.loader import DataLoader
+from megallama.topology.agreement import Ranks
 from megallama.topology.groups import Topology
+from megallama.trainer.init_from import is_hugging_face_source
 from megallama.trainer.run_folder import RunFolder
 from megallama.trainer.state import TrainState
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megallama.data.ledger import LEDGER_FILE
-from megallama.data.tokenizer import SIDE_FILES
 from megallama.host.errors import UserError
+from megallama.stream.ledger import LEDGER_FILE
+from megallama.tokenizers.load import SIDE_FILES
 
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megallama.checkpoint.background import BackgroundSaver
-from megallama.checkpoint.boxes import BoxedTensor, build_boxes
+from megallama.checkpoint.distributed.background import BackgroundSaver
+from megallama.checkpoint.format.boxes import BoxedTensor, build_boxes
 from megallama.config.schema import CheckpointConfig
 from megallama.engine.build import Engine
 from megallama.topology.groups import Topology
-from megallama.trainer.hooks import Hook, StepReport
+from megallama.trainer.hooks.base import Hook, StepReport
 from megallama.trainer.state import TrainState
 
 log = logging.getLogger(__name__)

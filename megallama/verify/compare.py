@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megallama.engine.step import StepResult
-from megallama.metrics.traffic import Traffic
+from megallama.metrics.traffic_meter import Traffic
 from megallama.verify.job import GRADIENT, PARAMETER, Difference, RankReport
 
 LOSS, GRAD_NORM = "loss", "gradient norm"

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from megallama.checkpoint.boxes import BoxedTensor, build_boxes
+from megallama.checkpoint.format.boxes import BoxedTensor, build_boxes
 from megallama.config.schema import OptimConfig, RunConfig
-from megallama.data.build import build_loader
 from megallama.engine.build import Engine, build_engine
 from megallama.engine.invariants import InvariantError
 from megallama.engine.step import StepResult
 from megallama.grid import Coordinates
 from megallama.host.launch import read_launch_environment
-from megallama.metrics.traffic import Traffic, TrafficMeter
+from megallama.metrics.traffic_meter import Traffic, TrafficMeter
 from megallama.model.build import build_model
+from megallama.stream.build import build_loader
 from megallama.topology.connect import connect
 from megallama.verify.synthetic import with_uneven_mask
 

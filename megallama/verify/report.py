@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megallama.metrics.traffic import Traffic
+from megallama.metrics.traffic_meter import Traffic
 from megallama.verify.compare import GRAD_NORM, LOSS
 from megallama.verify.job import GRADIENT, PARAMETER
 from megallama.verify.layouts import Layout

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megallama.data.token_file import write_token_file
+from megallama.tokens.token_file import write_token_file
 
 MASK_PERIOD = 4
 """Labels that are multiples of this do not count in the loss."""

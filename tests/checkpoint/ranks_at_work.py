@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megallama.checkpoint import disk, protocol, storage, store
-from megallama.checkpoint.background import BackgroundSaver
-from megallama.checkpoint.boxes import BoxedTensor
-from megallama.checkpoint.verify import latest_checkpoint
+from megallama.checkpoint.distributed import storage, store
+from megallama.checkpoint.distributed.background import BackgroundSaver
+from megallama.checkpoint.format import disk, protocol
+from megallama.checkpoint.format.boxes import BoxedTensor
+from megallama.checkpoint.format.integrity import latest_checkpoint
 from tests.checkpoint.synthetic import MODEL, STATE, Layout, boxes_of, wrong_elements
 
 

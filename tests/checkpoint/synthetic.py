@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megallama.checkpoint.boxes import BoxedTensor, build_boxes
+from megallama.checkpoint.format.boxes import BoxedTensor, build_boxes
 from megallama.engine.fragment import Fragment
 from megallama.model.layout import Piece
 

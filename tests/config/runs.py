@@ -9,7 +9,7 @@ from megallama.config.check import check
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.host.errors import UserError
-from megallama.model.hugging_face_names import canonical_tensors
+from megallama.huggingface.names import canonical_tensors
 
 COMPLETE = [
     "model=llama_tiny",

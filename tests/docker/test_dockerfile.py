@@ -4,12 +4,12 @@ import ast
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.places import ROOT
+
 TEXT = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
 INSTRUCTIONS = {"FROM", "ARG", "RUN", "ENV", "WORKDIR", "COPY", "CMD"}
 

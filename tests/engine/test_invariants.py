@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megallama.engine.invariants import checksum
-from tests.jobs import overrides, run_job, train
 from tests.mutations.planted import MUTATIONS
-from tests.ranks import run_ranks
+from tests.support.jobs import overrides, run_job, train
+from tests.support.ranks import run_ranks
 
 
 def train_with(bug, arguments):

@@ -4,8 +4,8 @@ import pytest
 
 from megallama.engine.local_gradients import LocalGradients
 from tests.engine.test_zero import PIPELINE, with_engine
-from tests.jobs import overrides, run_job, worst_relative
-from tests.ranks import run_ranks
+from tests.support.jobs import overrides, run_job, worst_relative
+from tests.support.ranks import run_ranks
 
 ROUNDING = 1e-6
 """Of fp32 sums in another order; a sum that is rounded to bf16 on its way is 1e-5 off in the norm."""

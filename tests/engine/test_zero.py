@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megallama.config.load import load_config
-from megallama.data.build import build_loader
 from megallama.engine import state
 from megallama.engine.build import build_engine
 from megallama.engine.fragment import Fragment
@@ -17,9 +16,10 @@ from megallama.engine.state import check_fragments, counters, load_counters
 from megallama.engine.zero import ZeroEngine, deepspeed_config
 from megallama.host.launch import read_launch_environment
 from megallama.model.build import build_model
+from megallama.stream.build import build_loader
 from megallama.topology.connect import connect
-from tests.jobs import overrides
-from tests.ranks import run_ranks
+from tests.support.jobs import overrides
+from tests.support.ranks import run_ranks
 
 
 def with_engine(arguments, work):

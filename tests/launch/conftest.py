@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megallama.data.prepare import prepare
-from megallama.data.prepared import SUFFIXES
-from megallama.data.token_file import write_token_file
-from megallama.data.tokenizer_training import train_tokenizer
+from megallama.prepare.run import prepare
+from megallama.tokenizers.training import train_tokenizer
+from megallama.tokens.manifest import SUFFIXES
+from megallama.tokens.token_file import write_token_file
 
 VOCAB_SIZE = 384
 TEXT = (

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tests.ranks import run_ranks
+from tests.support.places import ROOT
+from tests.support.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "launch" / "train.py"
 CRASHED = -1
 """Exit code of a call that ended in an exception: what a user sees as a traceback."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megallama.checkpoint.record import new_digest
+from megallama.checkpoint.format.record import new_digest
 from megallama.host.errors import EXIT_USER_ERROR
-from tests.jobs import metrics, train
 from tests.launch.conftest import Workplace
 from tests.launch.entry import Outcome, megallama_command, run_command, train_command
-from tests.ranks import run_ranks
+from tests.support.jobs import metrics, train
+from tests.support.ranks import run_ranks
 
 NEWEST, OLDER = "step-00000004", "step-00000002"
 
@@ -76,7 +76,7 @@ FILES = ("manifest.json", "index.json", "rank-00000.bin", "rank-00001.bin")
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_newest_intact_checkpoint_is_used(name: str, place: Workplace) -> None:
-    """The faults take turns over the files; `tests/checkpoint/test_damage.py` has every pair."""
+    """The faults take turns over the files; `tests/checkpoint/format/test_damage.py` has every pair."""
     fault = list(FAULTS)[FILES.index(name)]
     checkpoints = place.run_dir / "checkpoints"
     FAULTS[fault](checkpoints / NEWEST / name)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import metrics
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.jobs import metrics
+from tests.support.places import ROOT
 
 
 @pytest.mark.slow

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megallama.checkpoint.verify import verify_checkpoint
+from megallama.checkpoint.format.integrity import verify_checkpoint
 from megallama.host.errors import EXIT_USER_ERROR
 from megallama.metrics.jsonl import load_metrics
-from tests.jobs import metrics, overrides, run_job
 from tests.launch.entry import Outcome, call, impatient_train_command
-from tests.ranks import run_ranks
+from tests.support.jobs import metrics, overrides, run_job
+from tests.support.ranks import run_ranks
 
 SAVES = "checkpoint.interval=2"
 """Of 5 steps: saves after 2 and 4 steps and at the end."""
@@ -29,7 +29,7 @@ _CLONE_NEWNS, _CLONE_NEWUSER, _MS_REC, _MS_PRIVATE = 0x20000, 0x10000000, 0x4000
 
 def at_step(step: int, action: object) -> None:
     """Calls `action` in this process when `step` steps are done and not yet saved."""
-    from megallama.trainer import hooks
+    from megallama.trainer.hooks import base as hooks
 
     def act(self: object, state: object, report: object) -> None:
         if state.step == step:  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ def full_for_a_while(arguments: list[str]) -> Outcome:
                     thread.join()
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    from megallama.trainer import hooks
+    from megallama.trainer.hooks import base as hooks
 
     hooks.GuardHook.after_step = limit_or_lift  # type: ignore[method-assign, assignment]
     return call(impatient_train_command, arguments)
@@ -168,7 +168,7 @@ def run_on_small_disk(
     Returns:
         How it ended, its checkpoints, what is wrong with the first of them, how the rerun ended, its losses.
     """
-    from megallama.checkpoint import store
+    from megallama.checkpoint.distributed import store
 
     if mount_small_disk(disk):
         at_step(3, lambda: fill(disk, leave_bytes=leave_bytes))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megallama.config.load import load_yaml
-from tests.jobs import metrics, overrides, run_job
 from tests.launch.entry import torchrun
+from tests.support.jobs import metrics, overrides, run_job
 
 
 def losses(run_dir: Path) -> list[tuple[float, float]]:

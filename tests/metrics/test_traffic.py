@@ -14,9 +14,9 @@ from megallama.verify.job import run_rank
 from megallama.verify.layouts import change, parse_layouts
 from megallama.verify.shrink import shrink
 from megallama.verify.synthetic import write_tokens
-from tests.jobs import overrides, run_job, train
-from tests.matrix import base
-from tests.ranks import run_ranks
+from tests.layouts.matrix import base
+from tests.support.jobs import overrides, run_job, train
+from tests.support.ranks import run_ranks
 
 LAYOUTS = [
     "tp=2",

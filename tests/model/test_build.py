@@ -4,7 +4,7 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.model.build import transformer_config
-from tests.jobs import SMALL
+from tests.support.jobs import SMALL
 
 PP3 = ["parallel.pp=3", "model.num_layers=7"]
 

@@ -11,8 +11,8 @@ from megallama.model.build import build_model, head_dim
 from megallama.model.counts import count_parameters
 from megallama.model.rope import attention_factor, inverse_frequencies
 from megallama.topology.connect import connect
-from tests.jobs import SMALL
-from tests.ranks import run_ranks
+from tests.support.jobs import SMALL
+from tests.support.ranks import run_ranks
 
 OVERRIDES = [*SMALL, "train.run_dir=unused", "model.vocab_size=100"]
 

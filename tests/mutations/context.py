@@ -17,7 +17,7 @@ def loss_is_averaged_over_cp_twice() -> None:
 
 @mutation("cp=2")
 def positions_start_anew_on_every_cp_rank() -> None:
-    from megallama.data.loader import DataLoader
+    from megallama.stream.loader import DataLoader
 
     def around(batch_of: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = batch_of(self, *args, **kwargs)
@@ -31,7 +31,7 @@ def positions_start_anew_on_every_cp_rank() -> None:
 
 @mutation("cp=2")
 def gradients_of_keys_stay_on_their_cp_rank() -> None:
-    import megallama.kernels.attention_context as context
+    import megallama.kernels.attention.context_parallel as context
 
     def around(give_back: Any, x_SBKD: Any, group: Any) -> Any:
         if group is None or group.size() == 1:
@@ -76,7 +76,7 @@ def gradients_are_summed_over_dp_without_cp() -> None:
 
 @mutation("cp=2,cp_kind=ring,zero=0")
 def ring_gradients_end_one_rank_from_home() -> None:
-    import megallama.kernels.attention_context as context
+    import megallama.kernels.attention.context_parallel as context
 
     ring: Any = context.RingAttention
     original = ring.backward
@@ -92,7 +92,7 @@ def ring_gradients_end_one_rank_from_home() -> None:
 @mutation("cp=2,cp_kind=ring,zero=0")
 def ring_adds_its_parts_without_their_weights() -> None:
     """Each part of the keys has a softmax of its own: they must be merged by its sum."""
-    from megallama.kernels.partial import Partial
+    from megallama.kernels.attention.execution import Partial
 
     def around(add: Any, self: Any, out_old: Any, lse_old: Any, out: Any, lse: Any) -> None:
         add(self, out_old, lse_old, out, torch.where(lse_old.isinf(), lse, lse_old))
@@ -102,7 +102,7 @@ def ring_adds_its_parts_without_their_weights() -> None:
 
 @mutation("cp=2,cp_kind=ulysses")
 def ulysses_brings_heads_back_in_another_order() -> None:
-    import megallama.kernels.attention_context as context
+    import megallama.kernels.attention.context_parallel as context
 
     def around(to_heads: Any, x: Any, group: Any) -> Any:
         heads = to_heads(x, group)

@@ -105,7 +105,7 @@ def zero_0_does_not_reduce() -> None:
 
 @mutation("dp=2,zero=0")
 def replicas_read_the_same_samples() -> None:
-    import megallama.data.build as build
+    import megallama.stream.build as build
 
     def around(open_loader: Any, config: Any, **kwargs: Any) -> Any:
         return open_loader(config, **{**kwargs, "dp_rank": 0})
@@ -115,7 +115,7 @@ def replicas_read_the_same_samples() -> None:
 
 @mutation("pp=2,zero=2,recompute=full")
 def last_stage_reads_micro_batches_in_another_order() -> None:
-    from megallama.data.loader import DataLoader
+    from megallama.stream.loader import DataLoader
 
     def around(batches: Any, self: Any, step: int) -> Any:
         state = sizes()

@@ -18,7 +18,7 @@ MUTATIONS: dict[str, Callable[[], None]] = {}
 """By name; each function patches this process."""
 
 SHOWS_IN: dict[str, str] = {}
-"""By name: a layout of `tests/test_mutations.py` in which the bug shows."""
+"""By name: a layout of `tests/mutations/test_mutations.py` in which the bug shows."""
 
 
 def mutation(layout: str) -> Callable[[Callable[[], None]], Callable[[], None]]:

@@ -1,4 +1,4 @@
-"""Random streams: bugs that show where dropout draws its masks (tests/test_dropout.py)."""
+"""Random streams: bugs that show where dropout draws its masks (tests/layouts/test_dropout.py)."""
 
 from __future__ import annotations
 
@@ -46,4 +46,4 @@ STREAM_MUTATIONS: dict[str, tuple[str, str, Callable[[], None]]] = {
     "sequence_parallel_parts_draw_the_same": ("tp sp", "ranks drew alike", partial(streams_forget, 5)),
     "tp_ranks_draw_copies_apart": ("tp", "ranks drew apart", tp_ranks_draw_copies_apart),
 }
-"""By name: a layout of `tests/test_dropout.py`, the rule that is broken there, and what patches the process."""
+"""By name: a layout of `tests/layouts/test_dropout.py`, the rule that is broken there, and what patches the process."""

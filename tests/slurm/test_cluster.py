@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import metrics, overrides, run_job, worst_relative
 from tests.slurm.cluster import NODES, Cluster, two_nodes
+from tests.support.jobs import metrics, overrides, run_job, worst_relative
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 110.0
 BARE = ["data.validation=[]", "data.tokenizer=null", "optim.schedule=constant", "optim.warmup_steps=0"]
-"""What of +exp=demo would not fit the small run of `tests.jobs`."""
+"""What of +exp=demo would not fit the small run of `tests.support.jobs`."""
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from megallama.grid import AXES, Grid
 from megallama.host.launch import read_launch_environment
 from megallama.topology.connect import connect
 from megallama.topology.groups import DeepSpeedGroups
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def groups_of(parallel):

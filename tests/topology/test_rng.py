@@ -8,7 +8,7 @@ from megallama.config.schema import ParallelConfig
 from megallama.host.launch import read_launch_environment
 from megallama.topology.connect import connect
 from megallama.topology.rng import seed_streams, stream_seed
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def draws(parallel):

@@ -6,7 +6,7 @@ import pytest
 
 from megallama.engine.step import EvalResult, StepResult
 from megallama.host.errors import UserError
-from megallama.trainer.hooks import CheckpointHook, EvalHook, GuardHook, Hook, StopHook
+from megallama.trainer.hooks.base import CheckpointHook, EvalHook, GuardHook, Hook, StopHook
 from megallama.trainer.loop import Trainer
 from megallama.trainer.state import TrainState
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from megallama.checkpoint.background import SaveOutcome
+from megallama.checkpoint.distributed.background import SaveOutcome
 from megallama.config.schema import CheckpointConfig
 from megallama.engine.step import StepResult
 from megallama.host.errors import UserError
 from megallama.trainer import saver as saver_module
-from megallama.trainer.hooks import StepReport
+from megallama.trainer.hooks.base import StepReport
 from megallama.trainer.saver import Saver, SaveReportHook
 from megallama.trainer.state import TrainState
 

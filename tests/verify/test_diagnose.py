@@ -14,7 +14,7 @@ from megallama.verify.diagnose import is_equal, likely_cause
 from megallama.verify.job import GRADIENT, PARAMETER, Difference, RankReport
 from megallama.verify.layouts import parse_layouts
 from megallama.verify.verify import TOLERANCES
-from tests.matrix import base
+from tests.layouts.matrix import base
 
 KEYS = (
     "embedding.word_embeddings.weight",

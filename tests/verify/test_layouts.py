@@ -12,7 +12,7 @@ from megallama.host.errors import ConfigError, UserError
 from megallama.verify.layouts import change, legal_layouts, parse_layouts, problems_of
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import check_layouts, default_layouts, verify
-from tests.matrix import base, covering_set, full_matrix, pairs_of, part_of_matrix
+from tests.layouts.matrix import base, covering_set, full_matrix, pairs_of, part_of_matrix
 
 
 def test_layouts_are_written_with_short_names_and_dotted_keys():

@@ -10,7 +10,7 @@ from megallama.cli import main
 from megallama.config.load import CONF_DIR
 from megallama.verify.layouts import parse_layouts
 from megallama.verify.verify import verify
-from tests.matrix import base
+from tests.layouts.matrix import base
 from tests.mutations.planted import MUTATIONS
 
 

@@ -1,0 +1,84 @@
+"""A Hugging Face model folder as a checkpoint to train from, one block of rows in memory at a time."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from megallama.checkpoint.format.model_identity import model_facts
+from megallama.checkpoint.offline.writer import CheckpointWriter
+from megallama.config.load import is_shipped_otherwise, model_to_yaml
+from megallama.config.schema import ModelConfig
+from megallama.host.errors import UserError
+from megallama.huggingface.config import model_from_hugging_face
+from megallama.huggingface.model_folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    KEPT_FOLDER,
+    TOKENIZER_FILES,
+    copy_files,
+    new_folder,
+)
+from megallama.huggingface.safetensors_folder import read_json
+from megallama.huggingface.weights import HuggingFaceWeights, row_blocks
+
+
+def import_model(
+    source: Path, output: Path, *, name: str | None = None, vocab_multiple: int = 128
+) -> ModelConfig:
+    """Make `output` from the model folder `source`: a weights-only checkpoint, its shape and its tokenizer.
+
+    `output` holds `checkpoints/step-00000000` (fp32, for `train.init_from`), `conf/model/<name>.yaml` (for
+    `--config-dir output/conf model=<name>`), `tokenizer/`, and `huggingface/` with config.json and
+    generation_config.json as they were.
+
+    Args:
+        source: Folder with config.json and safetensors files.
+        output: Folder to make.
+        name: Name of the shape; that of the output folder if not given.
+        vocab_multiple: The embedding is padded to a multiple of this, with zeros.
+
+    Raises:
+        UserError: unknown or unsupported keys, tensors missing, too many or of another shape, damaged files, another
+            shape of this name in conf/model/, `output` exists, the disk is full.
+    """
+    if vocab_multiple < 1:
+        raise UserError(f"--vocab-multiple ({vocab_multiple}) must be at least 1: 128 is usual")
+    name = name or output.absolute().name
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(
+            f"the name of the shape ({name!r}) must be letters, digits, '_', '-', '.': give --name"
+        )
+    config = read_json(source / CONFIG_FILE)
+    model = model_from_hugging_face(
+        config, name=name, vocab_multiple=vocab_multiple, origin=str(source / CONFIG_FILE)
+    )
+    if is_shipped_otherwise(name, model):
+        raise UserError(
+            f"the name of the shape ({name}) is that of another one in conf/model/: give another with --name"
+        )
+    with HuggingFaceWeights(source, model=model) as weights:
+        size_bytes = 4 * sum(math.prod(tensor.shape) for tensor in weights.canonical.values())
+        with new_folder(output) as folder:
+            state = {"source": {"model_type": config["model_type"], "dtype": weights.widest_dtype}}
+            with CheckpointWriter(
+                folder / "checkpoints", step=0, model=model_facts(model), state=state, size_bytes=size_bytes
+            ) as writer:
+                for key in weights.canonical:
+                    _write_tensor(writer, key, weights)
+            (folder / "conf" / "model").mkdir(parents=True)
+            text = model_to_yaml(model)
+            (folder / "conf" / "model" / f"{name}.yaml").write_text(text, encoding="utf-8")
+            copy_files(source, folder / KEPT_FOLDER, (CONFIG_FILE, GENERATION_FILE))
+            copy_files(source, folder / "tokenizer", TOKENIZER_FILES)
+    return model
+
+
+def _write_tensor(writer: CheckpointWriter, name: str, weights: HuggingFaceWeights) -> None:
+    shape = weights.canonical[name].shape
+    columns = shape[1:]
+    for start, count in row_blocks(shape[0], math.prod(columns)):
+        offset = (start, *(0 for _ in columns))
+        block = weights.read(name, offset=offset, shape=(count, *columns))
+        writer.write_box(f"fp32/{name}", block, offset=offset, whole=shape)

@@ -1,0 +1,250 @@
+"""Training of a sentencepiece tokenizer on a seeded sample of a corpus."""
+
+from __future__ import annotations
+
+import heapq
+import io
+import os
+import random
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import sentencepiece
+
+from megallama.corpus.corpus import (
+    CorpusFile,
+    Documents,
+    Reading,
+    empty_corpus,
+    expand_inputs,
+    stream_documents,
+)
+from megallama.host.errors import UserError
+from megallama.tokenizers.interface import SPACE_MARK
+from megallama.tokenizers.load import SENTENCEPIECE_FILE
+
+ModelType = Literal["bpe", "unigram"]
+
+Normalization = Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"]
+"""sentencepiece's rules. All but `identity` change the text: full-width Chinese punctuation becomes ASCII."""
+
+_MAX_LINE_CHARS = 4096
+# Not the number of cores: unigram sums by thread, and the file must not depend on the machine.
+_NUM_THREADS = 16
+_BYTE_AND_CONTROL_PIECES = 256 + 3
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    vocab_size: int,
+    model_type: ModelType = "bpe",
+    character_coverage: float = 0.9995,
+    split_digits: bool = True,
+    byte_fallback: bool = True,
+    normalization: Normalization = "identity",
+    user_symbols: Sequence[str] = (),
+    seed: int = 1234,
+    sample_bytes: int = 100 << 20,
+    suffixes: Sequence[str] = (),
+    documents: Documents = "file",
+    separator: str = "",
+    text_field: str = "text",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> Path:
+    """Trains a tokenizer on `inputs` and writes `<output>/tokenizer.model`; returns that path.
+
+    Ids: 0 unknown, 1 begin, 2 end, then 256 bytes, then pieces. With the default `normalization`
+    what is encoded decodes to the very same text, white space included (only U+2581, sentencepiece's
+    own mark for a space, becomes a space). A corpus above `sample_bytes` is sampled by lines, each
+    line with equal chance. The same inputs and seed give the same file. `user_symbols` are each one token
+    wherever they stand. Without `byte_fallback` a character that the sample lacks is lost. `progress` is called
+    with (bytes of text read, bytes of the files) while the sample is taken, `announce` with one line when the
+    training begins, which sentencepiece does in silence.
+
+    Raises:
+        UserError: inputs that `expand_inputs` or `read_documents` refuse, an empty corpus, a
+            vocabulary too large or too small for it, an output that cannot be written or has a
+            tokenizer already, without `overwrite`.
+    """
+    reserved = len(user_symbols) + (_BYTE_AND_CONTROL_PIECES if byte_fallback else 3)
+    _check_arguments(vocab_size, model_type, character_coverage, sample_bytes, reserved)
+    _check_symbols(user_symbols)
+    if normalization not in get_args(Normalization):
+        raise UserError(
+            f"normalization ({normalization!r}) is unknown: use {', '.join(get_args(Normalization))}"
+        )
+    folder = Path(output)
+    check_model_output(folder, overwrite=overwrite)
+    files = expand_inputs(inputs, suffixes=suffixes)
+    reading = Reading(documents=documents, text_field=text_field, separator=separator)
+    lines = sample_lines(_texts(files, reading, progress), seed=seed, sample_bytes=sample_bytes)
+    if not lines:
+        raise empty_corpus(files)
+    if announce is not None:
+        size = sum(len(line.encode()) for line in lines)
+        announce(
+            f"training {model_type} of {vocab_size:,} ids on {len(lines):,} lines ({size / 1e6:.1f} MB) of"
+            f" {len(files):,} files: minutes for some hundred MB, in silence"
+        )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            split_digits=split_digits,
+            normalization_rule_name=normalization,
+            byte_fallback=byte_fallback,
+            user_defined_symbols=list(user_symbols),
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,  # indentation is worth pieces of its own
+            max_sentence_length=_MAX_LINE_CHARS * 4 + 1,
+            num_threads=_NUM_THREADS,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise _training_failed(str(error), vocab_size) from error
+    return write_model(folder, model.getvalue())
+
+
+def sample_lines(texts: Iterator[str], *, seed: int, sample_bytes: int) -> list[str]:
+    """Lines of `texts` in order, at most `sample_bytes` of UTF-8 in all, each with the same chance.
+
+    Every line draws a number and the lowest numbers that fit are kept, so memory is bounded by the
+    sample. Lines above 4096 characters, usual in Chinese text, are cut: sentencepiece drops long ones.
+    """
+    draws = random.Random(seed)
+    kept: list[tuple[float, int, str, int]] = []  # a heap with the highest draw on top
+    total = 0
+    for number, line in enumerate(_lines(texts)):
+        draw = draws.random()
+        size = len(line.encode("utf-8"))
+        heapq.heappush(kept, (-draw, number, line, size))
+        total += size
+        while total > sample_bytes and len(kept) > 1:
+            total -= heapq.heappop(kept)[3]
+    return [line for _, line in sorted((number, line) for _, number, line, _ in kept)]
+
+
+def _texts(
+    files: Sequence[CorpusFile], reading: Reading, progress: Callable[[int, int], None] | None
+) -> Iterator[str]:
+    total = sum(file.num_bytes for file in files)
+    done = 0
+    for document in stream_documents(files, reading=reading):
+        yield document.text
+        if progress is not None:
+            # Text, not file bytes: compressed files hold more of it, JSON less.
+            done += len(document.text.encode())
+            progress(min(done, total), total)
+
+
+def _lines(texts: Iterator[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            # NUL ends a string inside the trainer; it is still encoded, as a byte.
+            line = line.rstrip("\r").replace("\0", " ")
+            if not line.strip():
+                continue
+            for start in range(0, len(line), _MAX_LINE_CHARS):
+                yield line[start : start + _MAX_LINE_CHARS]
+
+
+def _check_arguments(
+    vocab_size: int, model_type: str, character_coverage: float, sample_bytes: int, reserved: int
+) -> None:
+    if vocab_size <= reserved:
+        raise UserError(
+            f"vocab_size ({vocab_size}) must be above {reserved}, bytes, control pieces and symbols:"
+            " use 1000 or more"
+        )
+    if model_type not in get_args(ModelType):
+        raise UserError(f"model_type ({model_type!r}) is unknown: use {' or '.join(get_args(ModelType))}")
+    if not 0.9 <= character_coverage <= 1:
+        raise UserError(f"character_coverage ({character_coverage}) must be in [0.9, 1]: use 0.9995")
+    if sample_bytes < 1:
+        raise UserError(f"sample_bytes ({sample_bytes}) must be at least 1: use some megabytes")
+
+
+def _check_symbols(symbols: Sequence[str]) -> None:
+    for number, symbol in enumerate(symbols):
+        if not symbol.strip() or "\0" in symbol or SPACE_MARK in symbol or symbol in ("<unk>", "<s>", "</s>"):
+            raise UserError(f"user symbol ({symbol!r}) cannot be a token: leave it out")
+        if symbol in symbols[:number]:
+            raise UserError(f"user symbol ({symbol!r}) is given twice: leave one out")
+
+
+def _training_failed(text: str, vocab_size: int) -> UserError:
+    too_large = re.search(r"Vocabulary size too high.*<= (\d+)", text)
+    if too_large:
+        return UserError(
+            f"vocab_size ({vocab_size}) is too large for this corpus, which yields {too_large[1]} pieces:"
+            f" use vocab_size={too_large[1]} or less, or give more text"
+        )
+    too_small = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", text)
+    if too_small:
+        return UserError(
+            f"vocab_size ({vocab_size}) is smaller than the {too_small[2]} characters and bytes it must hold:"
+            f" use more than {too_small[2]}, or lower character_coverage"
+        )
+    return UserError(f"sentencepiece refused the training ({text.strip()}): change what it names")
+
+
+def check_model_output(folder: str | Path, *, overwrite: bool) -> None:
+    """That a model can be written to `folder` and replaces none; nothing is made there.
+
+    Raises:
+        UserError: it cannot, or would, without `overwrite`.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file: name a folder")
+    path = folder / SENTENCEPIECE_FILE
+    if path.exists() and not overwrite:
+        raise UserError(
+            f"output {folder} holds a tokenizer already ({SENTENCEPIECE_FILE}); data prepared with it fits no other:"
+            " choose another folder, or give --overwrite"
+        )
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(f"tokenizer {path} cannot be written ({error.strerror}): choose another folder")
+
+
+def write_model(folder: Path, model: bytes) -> Path:
+    """Writes `<folder>/tokenizer.model` whole or not at all."""
+    path = folder / SENTENCEPIECE_FILE
+    temporary: str | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{SENTENCEPIECE_FILE}.", dir=folder)
+        with open(descriptor, "wb") as stream:
+            stream.write(model)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp gives the owner alone the right to read
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise _not_writable(path, error) from error
+    return path

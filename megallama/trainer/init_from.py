@@ -1,0 +1,89 @@
+"""Weights to start from: what `train.init_from` may name, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megallama.checkpoint.format.model_identity import model_differences, model_facts
+from megallama.checkpoint.format.protocol import (
+    check_sizes,
+    find_checkpoints,
+    is_checkpoint,
+    is_complete,
+    read_index,
+    read_manifest,
+    step_name,
+)
+from megallama.checkpoint.format.record import JSON, damage_at
+from megallama.config.same_model import WITHOUT_WEIGHTS
+from megallama.config.schema import ModelConfig
+from megallama.host.errors import UserError
+from megallama.huggingface.weights import HuggingFaceWeights, is_hugging_face, model_of_folder
+
+
+def source_problems(path: Path, *, model: ModelConfig, own: Path) -> list[str]:
+    """Why a run of `model` cannot start from the weights at `path`; none where it can, or need not.
+
+    Data files are not digested, every rank may call this at once; loading does it.
+
+    Args:
+        path: A checkpoint, a run folder, or the folder of a Hugging Face model.
+        model: The model of the run.
+        own: The run's own checkpoints, which go before.
+    """
+    if find_checkpoints(own):
+        return []
+    try:
+        stored = _facts_of_folder(path, model) if is_hugging_face_source(path) else _facts_of_checkpoint(path)
+    except UserError as error:
+        return [f"train.init_from ({path}): {error}"]
+    except OSError as error:
+        return [f"train.init_from ({path}) cannot be read ({error.strerror}): check its permissions"]
+    differences = model_differences(stored, model_facts(model), may_differ=WITHOUT_WEIGHTS)
+    if differences:
+        return [
+            f"train.init_from ({path}) holds another model ({'; '.join(differences)}):"
+            " set these values as they are there, or choose another checkpoint"
+        ]
+    return []
+
+
+def is_hugging_face_source(path: Path) -> bool:
+    """Whether `path` names a Hugging Face model rather than checkpoints, which go before."""
+    return is_hugging_face(path) and not is_checkpoint(path) and not _checkpoints_at(path)
+
+
+def _facts_of_checkpoint(path: Path) -> dict[str, JSON]:
+    checkpoint = _candidate(path)
+    with damage_at(checkpoint):
+        manifest = read_manifest(checkpoint)
+        check_sizes(checkpoint, manifest)
+        read_index(checkpoint, manifest)
+    return manifest.model
+
+
+def _facts_of_folder(path: Path, model: ModelConfig) -> dict[str, JSON]:
+    there = model_of_folder(path, name=model.name, vocab_multiple=model.vocab_multiple)
+    with HuggingFaceWeights(path, model=there):
+        return model_facts(there)
+
+
+def _checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints of a run folder, or of a folder of checkpoints, the newest first."""
+    for directory in (path / "checkpoints", path):
+        steps = find_checkpoints(directory)
+        if steps:
+            return [directory / step_name(step) for step in reversed(steps)]
+    return []
+
+
+def _candidate(path: Path) -> Path:
+    """The checkpoint itself, or the newest of a run folder whose files are all there."""
+    if is_checkpoint(path):
+        return path
+    paths = _checkpoints_at(path)
+    if paths:
+        return next((candidate for candidate in paths if is_complete(candidate)), paths[0])
+    raise UserError(
+        "there is no checkpoint: give a step-... directory, the train.run_dir of a run, or a Hugging Face folder"
+    )

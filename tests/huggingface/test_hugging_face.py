@@ -1,0 +1,379 @@
+"""Import and export: the logits of transformers, the same bits back, and no key or tensor dropped in silence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from megallama.checkpoint.offline.reader import CheckpointReader
+from megallama.cli import main
+from megallama.commands.export_model import parse_size
+from megallama.config.load import load_config, model_to_yaml
+from megallama.host.errors import ConfigError, UserError
+from megallama.huggingface.export_model import export_model
+from megallama.huggingface.import_model import import_model
+from megallama.trainer.init_from import source_problems
+from tests.huggingface.models import FAMILIES, make_model, our_logits, tokens
+from tests.support.jobs import SMALL, metrics, overrides, train, write_dataset
+from tests.support.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`<family>` as transformers saves it and `<family>-imported`, for every family."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in FAMILIES:
+        make_model(name, folder / name)
+        import_model(folder / name, folder / f"{name}-imported", name=name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return {
+            name: AutoModelForCausalLM.from_pretrained(folder / name)(tokens()).logits for name in FAMILIES
+        }
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    """Whole logits of every family, by layout."""
+    (one,) = run_ranks(1, our_logits, folder, list(FAMILIES), [])
+    cut = run_ranks(4, our_logits, folder, list(FAMILIES), ["parallel.tp=2", "parallel.pp=2"])
+    last = [rank for rank in cut if rank]
+    assert len(last) == 2
+    whole = {name: torch.cat([rank[name] for rank in last], dim=-1) for name in FAMILIES}
+    return {"one rank": one, "tp2 pp2": whole}
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2 pp2"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_transformers(name, layout, ours, theirs):
+    wanted = theirs[name]
+    got = ours[layout][name]
+    assert got.shape[-1] == 128
+    assert torch.allclose(got[..., : wanted.shape[-1]], wanted, rtol=0, atol=1e-4), (
+        (got[..., : wanted.shape[-1]] - wanted).abs().max()
+    )
+    assert wanted.std() > 0.3, "nothing to compare"
+
+
+def weights_of(folder):
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_and_back_is_the_same_to_the_bit(name, folder, tmp_path):
+    export_model(folder / f"{name}-imported", tmp_path / "back")
+    there, back = weights_of(folder / name), weights_of(tmp_path / "back")
+    assert there.keys() == back.keys()
+    assert all(torch.equal(there[key], back[key]) for key in there)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
+        (folder / name / "config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_and_shards_there_and_back(dtype, tmp_path):
+    make_model("qwen25", tmp_path / "there", dtype=dtype, max_shard_size="40KB")
+    assert len(list((tmp_path / "there").glob("model-*.safetensors"))) > 3
+    import_model(tmp_path / "there", tmp_path / "imported")
+    files = export_model(tmp_path / "imported", tmp_path / "back", max_shard_bytes=50_000)
+    assert len(files) > 3 and "model.safetensors.index.json" in files
+    there, back = weights_of(tmp_path / "there"), weights_of(tmp_path / "back")
+    assert there.keys() == back.keys() and all(torch.equal(there[key], back[key]) for key in there)
+    assert {tensor.dtype for tensor in back.values()} == {dtype}
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == back.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in back.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_config_of_our_own_makes_the_same_model_in_transformers(name, folder, theirs, tmp_path):
+    """Without the original config.json, as after training: no missing or unexpected keys, the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    run = tmp_path / "run"
+    shutil.copytree(folder / f"{name}-imported", run)
+    shutil.rmtree(run / "huggingface")
+    write_run_config(run, name)
+    export_model(run, tmp_path / "back", dtype="fp32")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        assert torch.allclose(model(tokens()).logits, theirs[name], rtol=0, atol=1e-5)
+
+
+def write_run_config(run, name):
+    from megallama.config.load import load_config, to_yaml
+    from tests.support.jobs import SMALL
+
+    words = [f"model={name}", *SMALL[3:], f"train.run_dir={run}", "train.seq_len=16"]
+    config = load_config(words, extra_conf_dir=run / "conf")
+    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+
+def test_an_import_holds_weights_only_and_pads_with_zeros(folder):
+    reader = CheckpointReader(folder / "llama2-imported" / "checkpoints" / "step-00000000", verify="first")
+    assert reader.kinds == ["fp32"] and "progress" not in reader.state
+    embedding = reader.read("fp32/embedding.word_embeddings.weight")
+    assert embedding.shape == (128, 64) and embedding.dtype == torch.float32
+    assert not embedding[101:].any() and embedding[:101].all(dim=1).any()
+
+
+def changed_config(source, target, **changes):
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config.update(changes)
+    config = {key: value for key, value in config.items() if value != "absent"}
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+REFUSED = {
+    "unknown key": ({"a_new_idea": 3}, "a_new_idea (3) is unknown"),
+    "family": ({"model_type": "gemma2"}, "model_type ('gemma2') is not supported"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is supported"),
+    "attention bias": ({"attention_bias": True}, "attention_bias is True"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias is True"),
+    "window": ({"sliding_window": 4096}, "sliding_window is 4096, only full attention (null)"),
+    "layer types": ({"layer_types": ["sliding_attention"] * 4}, "layer_types is"),
+    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
+    "partial rotation": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor other than 1",
+    ),
+    "long rope": (
+        {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+        "rope_type 'longrope' is not supported",
+    ),
+    "rope key": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "alpha": 1}},
+        "alpha of the linear rope is unknown",
+    ),
+    "truncate": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+        "truncate of the yarn rope is False",
+    ),
+    "two ropes": ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5.0}, "disagree"),
+    "missing size": ({"hidden_size": "absent"}, "hidden_size is missing"),
+    "wrong type": ({"hidden_size": "wide"}, "model.hidden_size"),
+    "wrong shape": ({"num_attention_heads": 3}, "model.num_heads (3) must be a multiple"),
+    "negative": ({"num_hidden_layers": -4}, "model.num_layers (-4) must be at least 1"),
+    "other weights": ({"intermediate_size": 128}, "is [96, 64], not [128, 64]"),
+    "fewer layers": ({"num_hidden_layers": 3}, "model.layers.3.input_layernorm.weight is unknown"),
+    "more layers": ({"num_hidden_layers": 5}, "model.layers.4.input_layernorm.weight is missing"),
+    "tie": ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_named(name, folder, tmp_path, capsys):
+    changes, message = REFUSED[name]
+    source = changed_config(folder / "llama2", tmp_path / "changed", **changes)
+    code = main(["import", str(source), str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and len(error.splitlines()) == 1, error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"], "something is left"
+
+
+def test_older_forms_of_the_rope_are_read(folder, tmp_path):
+    old = {"rope_type": "absent", "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    del old["rope_type"]
+    source = changed_config(
+        folder / "llama2", tmp_path / "old", rope_parameters="absent", rope_scaling=old, rope_theta=1e6
+    )
+    model = import_model(source, tmp_path / "out")
+    assert (model.rope_scaling.value, model.rope_scaling_factor, model.rope_theta) == ("yarn", 4.0, 1e6)
+
+
+def damage_truncate(folder):
+    file = folder / "model-00002-of-00004.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def damage_header(folder):
+    file = folder / "model-00002-of-00004.safetensors"
+    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+
+
+def damage_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{", encoding="utf-8")
+
+
+def damage_escape(folder):
+    file = folder / "model.safetensors.index.json"
+    file.write_text(
+        file.read_text().replace("model-00002-of-00004", "../model-00002-of-00004"), encoding="utf-8"
+    )
+
+
+def damage_swap(folder):
+    shutil.copyfile(folder / "model-00001-of-00004.safetensors", folder / "model-00002-of-00004.safetensors")
+
+
+def damage_pickle(folder):
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+DAMAGE = {
+    "missing shard": (lambda f: (f / "model-00002-of-00004.safetensors").unlink(), "00004.safetensors is missing"),
+    "truncated": (damage_truncate, "00002-of-00004.safetensors is damaged"),
+    "empty": (lambda f: (f / "model-00002-of-00004.safetensors").write_bytes(b""), "is damaged (0 bytes"),
+    "header": (damage_header, "00002-of-00004.safetensors is damaged"),
+    "swapped": (damage_swap, "00002-of-00004.safetensors lacks"),
+    "index": (damage_index, "model.safetensors.index.json cannot be read"),
+    "path": (damage_escape, "'../model-00002-of-00004.safetensors' is no name of a .safetensors file"),
+    "pickle": (damage_pickle, "pickled weights (pytorch_model.bin)"),
+    "config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded") / "model"
+    make_model("llama2", folder, max_shard_size="150KB")
+    assert len(list(folder.glob("model-*-of-00004.safetensors"))) == 4
+    return folder
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_folders_give_one_clear_message(name, sharded, tmp_path, capsys):
+    damage, message = DAMAGE[name]
+    shutil.copytree(sharded, tmp_path / "model")
+    damage(tmp_path / "model")
+    code = main(["import", str(tmp_path / "model"), str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and len(error.splitlines()) == 1, error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"], "something is left"
+
+
+def test_existing_output_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert main(["import", str(folder / "llama2"), str(tmp_path / "out")]) == 2
+    assert main(["export", str(folder / "llama2-imported"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("exists already: give a new folder") == 2
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_name_that_a_shipped_shape_has(folder, tmp_path, capsys):
+    """Hydra would take the shipped one: the name is refused, before anything is written and where it is used."""
+    code = main(["import", str(folder / "llama2"), str(tmp_path / "llama2_7b")])
+    error = capsys.readouterr().err
+    assert code == 2 and "name of the shape (llama2_7b) is that of another one in conf/model/" in error
+    assert "--name" in error and list(tmp_path.iterdir()) == []
+    words = ["model=llama_tiny", *SMALL[3:], "train.run_dir=r"]
+    shipped = load_config(words).model
+    own = tmp_path / "conf"
+    (own / "model").mkdir(parents=True)
+    for text, is_same in ((model_to_yaml(shipped), True), ("name: llama_tiny\nnum_layers: 2\n", False)):
+        (own / "model" / "llama_tiny.yaml").write_text(text, encoding="utf-8")
+        if is_same:
+            assert load_config(words, extra_conf_dir=own).model == shipped
+            continue
+        with pytest.raises(ConfigError, match=f"model=llama_tiny is both in {own}/model and in .*: rename"):
+            load_config(words, extra_conf_dir=own)
+
+
+def test_export_refuses_another_model_and_damaged_checkpoints(folder, tmp_path):
+    with pytest.raises(UserError, match=r"of another model than .*model.rope_theta \(10000.0 and 500000.0\)"):
+        export_model(folder / "llama2-imported", tmp_path / "out", like=folder / "llama3")
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "llama2-imported", broken)
+    file = broken / "checkpoints" / "step-00000000" / "rank-00000.bin"
+    raw = bytearray(file.read_bytes())
+    raw[1000] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match="damaged|no intact|no checkpoint"):
+        export_model(broken, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_values_beyond_fp16_are_refused(tmp_path):
+    model = make_model("llama2", tmp_path / "there")
+    model.model.norm.weight.data[3] = 1e6
+    model.save_pretrained(tmp_path / "there")
+    import_model(tmp_path / "there", tmp_path / "imported")
+    with pytest.raises(UserError, match="model.norm.weight has values beyond float16: use --dtype bf16"):
+        export_model(tmp_path / "imported", tmp_path / "out", dtype="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes():
+    assert [parse_size(text) for text in ("5GB", "500 MB", "1000", "1.5kb")] == [
+        5 * 10**9,
+        5 * 10**8,
+        1000,
+        1500,
+    ]
+    for wrong in ("", "0", "GB", "-5GB", "5XB"):
+        with pytest.raises(UserError, match="is not a size"):
+            parse_size(wrong)
+
+
+def test_training_goes_on_from_an_import_and_out_again(folder, tmp_path, capsys):
+    """Over tp2 x pp2, with a learning rate of next to nothing: what comes out is what went in."""
+    shape = yaml.safe_load((folder / "mistral-imported" / "conf" / "model" / "mistral.yaml").read_text())
+    words = [f"model.{key}={value}" for key, value in shape.items()]
+    words += [f"train.init_from={folder / 'mistral-imported'}", "optim.lr=1e-12", "train.steps=1"]
+    run_ranks(4, train, overrides(tmp_path, *words, "parallel.tp=2", "parallel.pp=2"))
+    like = ["--like", str(folder / "mistral")]
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "fp32", *like]) == 0
+    there, back = weights_of(folder / "mistral"), weights_of(tmp_path / "out")
+    assert there.keys() == back.keys()
+    assert all(torch.allclose(there[key], back[key], rtol=0, atol=1e-9) for key in there)
+    source = (folder / "mistral" / "config.json").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == json.loads(source)
+
+
+STARTS = {
+    "one rank": (1, []),
+    "tp2 pp2 zero2": (4, ["parallel.tp=2", "parallel.pp=2", "zero.stage=2"]),
+    "dp2 zero3": (2, ["zero.stage=3"]),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_training_starts_from_the_folder_itself_as_from_its_import(name, folder, tmp_path):
+    """Fused rows, head norms, tied head, padding; cut along rows and columns: bit for bit what the import gives."""
+    world_size, layout = STARTS[name]
+    shape = yaml.safe_load((folder / "qwen3tied-imported" / "conf" / "model" / "qwen3tied.yaml").read_text())
+    words = [*(f"model.{key}={value}" for key, value in shape.items()), *layout, "train.steps=1"]
+    write_dataset(tmp_path / "data" / "train", vocab_size=101)
+    for run_name in ("qwen3tied", "qwen3tied-imported"):
+        source = f"train.init_from={folder / run_name}"
+        run_ranks(world_size, train, overrides(tmp_path, *words, source, run_name=run_name))
+    direct, imported = (metrics(tmp_path / run) for run in ("qwen3tied", "qwen3tied-imported"))
+    for key in ("train/loss", "train/grad_norm"):
+        assert direct[0][key] == imported[0][key], key
+    log = (tmp_path / "qwen3tied" / "log" / "rank-00000.log").read_text(encoding="utf-8")
+    assert f"weights from {folder / 'qwen3tied'}, fresh optimizer" in log
+
+
+def test_what_is_wrong_with_a_folder_to_start_from_is_told_before_the_start(folder, tmp_path):
+    shape = yaml.safe_load((folder / "llama2-imported" / "conf" / "model" / "llama2.yaml").read_text())
+    words = [*SMALL, *(f"model.{key}={value}" for key, value in shape.items()), "train.run_dir=r"]
+
+    def problems(path, *more):
+        return source_problems(path, model=load_config([*words, *more]).model, own=tmp_path)
+
+    assert problems(folder / "llama2") == []
+    [text] = problems(folder / "llama2", "model.num_layers=2")
+    assert "holds another model (num_layers: 4 there, 2 here): set these" in text
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "llama2", broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    [text] = problems(broken)
+    assert text.startswith(f"train.init_from ({broken}): ") and "copy or download it again" in text
+    changed_config(folder / "llama2", tmp_path / "odd", attention_softcap=3.0)
+    [text] = problems(tmp_path / "odd")
+    assert "attention_softcap" in text
