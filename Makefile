@@ -1,4 +1,4 @@
-# make setup | test | matrix | demo | lint | docs | clean. Each does all that it needs and may be run again at once.
+# make setup | test | test-long | slurm | matrix | demo | lint | docs | clean. Each does all that it needs and may be run again at once.
 
 PYTHON ?= python3
 # The default wheel on Linux is the CUDA build. Another one: make setup TORCH="torch==2.13.0 --index-url <index>"
@@ -17,12 +17,14 @@ PINS := $(VENV)/constraints.txt
 MATERIALS := $(VENV)/materials
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test matrix lint demo docs clean
+.PHONY: help setup test test-long slurm matrix lint demo docs clean
 
 help:
 	@echo 'make setup   create $(VENV) and install the pinned packages'
 	@echo 'make demo    from raw text to a trained model, on any machine, in a few minutes'
-	@echo 'make test    lint, types and all tests'
+	@echo 'make test    lint, types, and what no change may break'
+	@echo 'make test-long  the other tests: kills, all pairs of layouts, planted bugs, guide, demo, Slurm'
+	@echo 'make slurm   install Slurm from Debian or Ubuntu, for its tests (as root)'
 	@echo 'make matrix  every legal layout of up to 8 ranks against one process, on CPU'
 	@echo 'make lint    only lint and types'
 	@echo 'make docs    write docs/configuration.md and the file table of docs/architecture.md again'
@@ -45,7 +47,16 @@ $(STAMP): setup.py constraints.txt tests/materials.txt
 	@touch $@
 
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadscope
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadscope -m 'not long'
+
+test-long: setup
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadscope -m long
+
+slurm:
+	@for program in slurmctld slurmd sbatch munged; do \
+	  command -v $$program > /dev/null || missing=yes; done; \
+	test -z "$$missing" || { apt-get update && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install --yes --no-install-recommends munge slurm-client slurmctld slurmd; }
 
 matrix: setup
 	$(BIN)/python -m tests.layouts.matrix

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.host.log import quiet_libraries
@@ -74,9 +75,17 @@ def corpus() -> list[str]:
     return [str(library / "*.py"), *folders]
 
 
+def shortened(words: Sequence[str]) -> str:
+    """The command for people: of the folders of the corpus the first one stands for all."""
+    first, *others = corpus()
+    shown = [word for word in words if word not in others]
+    text = shlex.join(shown)
+    return text.replace(shlex.quote(first), f"{shlex.quote(first)} [and {len(others)} folders]")
+
+
 def command(*words: str) -> None:
     """Show a command and run it with the programs of this environment."""
-    print(f"$ {shlex.join(words)}\n", flush=True)
+    print(f"$ {shortened(words)}\n", flush=True)
     programs = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"}
     # The same demo everywhere: one GPU would be too few for its ranks.

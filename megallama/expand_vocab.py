@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 
 from megallama.checkpoint.format.integrity import intact_checkpoint
-from megallama.checkpoint.format.model_identity import model_facts, model_of_facts
+from megallama.checkpoint.format.model_identity import model_identity, model_of_identity
 from megallama.checkpoint.format.protocol import find_checkpoints
 from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.checkpoint.offline.writer import CheckpointWriter
@@ -82,7 +82,7 @@ def expand_vocab(
         raise UserError(f"output {output} holds checkpoints already: choose another folder")
     reader = CheckpointReader(intact_checkpoint(Path(source), log=log.warning), verify="never")
     new, old = load_tokenizer(tokenizer), load_tokenizer(old_tokenizer or _own_tokenizer(Path(source)))
-    model = model_of_facts(reader.model, name="expanded", max_seq_len=1)
+    model = model_of_identity(reader.model, name="expanded", max_seq_len=1)
     _check_fit(old, new, vocab_size=model.vocab_size)
     grown = dataclasses.replace(model, vocab_size=new.vocab_size)
     rows = padded_vocab_size(new.vocab_size, multiple=model.vocab_multiple)
@@ -91,12 +91,12 @@ def expand_vocab(
     old_rows = reader.shape(f"fp32/{EMBEDDING}")[0]
     added_bytes = sum(4 * (rows - old_rows) * reader.shape(f"fp32/{name}")[1] for name in tables)
     weights_bytes = sum(4 * math.prod(reader.shape(f"fp32/{name}")) for name in reader.names())
-    facts = {"old_vocab_size": old.vocab_size, "step": reader.step, "init": init}
+    origin = {"old_vocab_size": old.vocab_size, "step": reader.step, "init": init}
     with CheckpointWriter(
         target.checkpoints,
         step=0,
-        model=model_facts(grown),
-        state={"expanded": facts},
+        model=model_identity(grown),
+        state={"expanded": origin},
         size_bytes=weights_bytes + added_bytes,
     ) as writer:
         for name in reader.names():

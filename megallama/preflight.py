@@ -12,7 +12,7 @@ from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.host.errors import ConfigError
 from megallama.huggingface.names import canonical_tensors
-from megallama.stream.open import check_data
+from megallama.stream.open import data_problems
 from megallama.tokenizers.load import load_tokenizer
 from megallama.tokens.manifest import check_token_file, read_manifest
 
@@ -34,7 +34,7 @@ def check_run(config: RunConfig, *, world_size: int | None) -> None:
         read_manifest=read_manifest,
         load_tokenizer=lambda path: load_tokenizer(Path(path)),
         parameter_names=canonical_tensors,
-        check_data=check_data,
+        data_problems=data_problems,
         check_weights=_check_weights,
     )
 

@@ -10,7 +10,7 @@ from megallama.preflight import check_run
 from megallama.stream.build import build_loader
 from megallama.topology.connect import connect
 from megallama.trainer.build import build_trainer, open_run_folder
-from megallama.trainer.data_check import check_data
+from megallama.trainer.checksum_check import check_checksums
 
 
 def run(config: RunConfig, *, environment: LaunchEnvironment | None = None, job_index: int = 0) -> bool:
@@ -33,7 +33,7 @@ def run(config: RunConfig, *, environment: LaunchEnvironment | None = None, job_
         connect(config.parallel, environment=environment, job_index=job_index) as topology,
         open_run_folder(config, topology) as folder,
     ):
-        check_data(config, topology)
+        check_checksums(config, topology)
         stage = build_model(config, topology)
         engine = build_engine(config, topology, stage)
         loader = build_loader(config, topology)

@@ -70,13 +70,13 @@ def _info(options: argparse.Namespace) -> None:
     paths = checkpoints_at(options.path)
     complete = (path for path in reversed(paths) if len(paths) == 1 or not summarize(path).problem)
     reader = CheckpointReader(next(complete, paths[-1]), verify="never")
-    print("\n".join(_facts(reader)))
+    print("\n".join(_description(reader)))
     if options.tensors:
         rows = [(key, str(list(reader.shape(key))), str(reader.dtype(key))) for key in reader.keys]
         print("\n".join(["", *_table([("tensor", "shape", "dtype"), *rows])]))
 
 
-def _facts(reader: CheckpointReader) -> Iterator[str]:
+def _description(reader: CheckpointReader) -> Iterator[str]:
     from megallama.checkpoint.offline.summary import layout_text
 
     sizes = [math.prod(reader.shape(f"fp32/{name}")) for name in reader.names()]

@@ -56,19 +56,20 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _verify_run(config: RunConfig, options: argparse.Namespace, *, max_ranks: int) -> bool:
     from megallama.verify.layouts import legal_layouts, parse_layouts
-    from megallama.verify.report import LayoutResult, header, row, summary, traffic_rows
+    from megallama.verify.report import LayoutResult, header, name_width, row, summary, traffic_rows
     from megallama.verify.verify import default_layouts, verify
 
     if options.layouts is not None:
         layouts = parse_layouts(options.layouts)
     else:
         layouts = legal_layouts(config, max_ranks=max_ranks) if options.all else default_layouts(config)
+    width = name_width(layouts)
     results: list[LayoutResult] = []
     for result in verify(config, layouts, steps=options.steps, dtype=options.dtype):
         if not results:
-            print(header(name=config.model.name, steps=options.steps, dtype=options.dtype))
+            print(header(name=config.model.name, steps=options.steps, dtype=options.dtype, width=width))
         results.append(result)
-        print(row(result), flush=True)
+        print(row(result, width=width), flush=True)
     if options.traffic:
         print("\n".join(traffic_rows(result) for result in results))
     print(summary(results))

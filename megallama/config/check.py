@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from megallama.config import check_files, check_layout, check_values
-from megallama.config.check_files import ManifestFacts, Probes, TokenizerFacts
+from megallama.config.check_files import ManifestLike, Probes, TokenizerLike
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.host.errors import ConfigError
 
@@ -52,10 +52,10 @@ def check(
     *,
     world_size: int | None,
     check_token_file: Callable[[str], list[str]],
-    read_manifest: Callable[[str], ManifestFacts | None],
-    load_tokenizer: Callable[[str], TokenizerFacts],
+    read_manifest: Callable[[str], ManifestLike | None],
+    load_tokenizer: Callable[[str], TokenizerLike],
     parameter_names: Callable[[ModelConfig], Iterable[str]] | None = None,
-    check_data: Callable[[RunConfig], list[str]] = lambda _: [],
+    data_problems: Callable[[RunConfig], list[str]] = lambda _: [],
     check_weights: Callable[[RunConfig], list[str]] = lambda _: [],
 ) -> list[str]:
     """All problems of a run, each `<What> (<values>): <what to change>`; none: it can start.
@@ -64,10 +64,10 @@ def check(
         config: The run.
         world_size: Number of ranks. None leaves out what depends on it and on the machine of the ranks.
         check_token_file: Problems of the token file at a prefix.
-        read_manifest: Manifest of the token file at a prefix, if it has one.
+        read_manifest: TokenManifest of the token file at a prefix, if it has one.
         load_tokenizer: The tokenizer in a file.
         parameter_names: Canonical names of the parameters of a model; None where names are not asked about.
-        check_data: Problems of mixing the sources, as long as sizes are positive.
+        data_problems: Problems of mixing the sources, as long as sizes are positive.
         check_weights: Problems of `train.init_from`, where it is set.
     """
     probes = Probes(
@@ -87,7 +87,7 @@ def check(
     problems += check_files.check_sources(config, probes)
     problems += check_files.check_vocabulary(config, probes)
     if has_sizes:
-        problems += check_data(config)
+        problems += data_problems(config)
     if has_sizes and parameter_names is not None and config.optim.partial_parameters:
         names = parameter_names(config.model)
         problems += check_values.check_partial_names(config.optim.partial_parameters, names)
@@ -101,10 +101,10 @@ def check_config(
     *,
     world_size: int | None,
     check_token_file: Callable[[str], list[str]],
-    read_manifest: Callable[[str], ManifestFacts | None],
-    load_tokenizer: Callable[[str], TokenizerFacts],
+    read_manifest: Callable[[str], ManifestLike | None],
+    load_tokenizer: Callable[[str], TokenizerLike],
     parameter_names: Callable[[ModelConfig], Iterable[str]] | None = None,
-    check_data: Callable[[RunConfig], list[str]] = lambda _: [],
+    data_problems: Callable[[RunConfig], list[str]] = lambda _: [],
     check_weights: Callable[[RunConfig], list[str]] = lambda _: [],
 ) -> None:
     """Raise once with all problems that `check` finds.
@@ -119,7 +119,7 @@ def check_config(
         read_manifest=read_manifest,
         load_tokenizer=load_tokenizer,
         parameter_names=parameter_names,
-        check_data=check_data,
+        data_problems=data_problems,
         check_weights=check_weights,
     )
     if problems:

@@ -20,7 +20,7 @@ SPARE_RATIO = 0.01
 """Share of a model's rows that its tokenizer may leave unused, as in Qwen's published models (under 0.3%)."""
 
 
-class ManifestFacts(Protocol):
+class ManifestLike(Protocol):
     """What is asked of a manifest."""
 
     @property
@@ -36,7 +36,7 @@ class ManifestFacts(Protocol):
         """Checksum of its file."""
 
 
-class TokenizerFacts(Protocol):
+class TokenizerLike(Protocol):
     """What is asked of a tokenizer."""
 
     @property
@@ -58,9 +58,9 @@ class Probes:
 
     check_token_file: Callable[[str], list[str]]
     """Problems of the token file at a prefix."""
-    read_manifest: Callable[[str], ManifestFacts | None]
-    """Manifest of the token file at a prefix; raises UserError."""
-    load_tokenizer: Callable[[str], TokenizerFacts]
+    read_manifest: Callable[[str], ManifestLike | None]
+    """TokenManifest of the token file at a prefix; raises UserError."""
+    load_tokenizer: Callable[[str], TokenizerLike]
     """The tokenizer in a file; raises UserError."""
 
 

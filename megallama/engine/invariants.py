@@ -62,7 +62,7 @@ class Invariants:
         }
         # Under ZeRO 3 a data-parallel rank holds a part of its own, which the tp ranks beside it share.
         local = {key: getattr(p, "ds_tensor", p).detach() for key, p in parameters.items()}
-        if self._zero.stage_number < 3 and topology.dp_cp_group.size() > 1:
+        if self._zero.zero_stage < 3 and topology.dp_cp_group.size() > 1:
             yield "replicas (dp, cp) differ", topology.dp_cp_group, local
         replicated = {
             k: t for k, t in local.items() if not getattr(parameters[k], "tensor_model_parallel", False)

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megallama.engine.step import MicroBatch
 from megallama.grid import micro_batch_group_size
 from megallama.model.build import Stage
-from megallama.model.packing import Packing
+from megallama.model.packing import DocumentPacking
 from megallama.topology.groups import Topology
 
 Forward = Callable[..., torch.Tensor]
@@ -70,7 +70,7 @@ def run_schedule(
 
     def forward_step(data: Iterator[MicroBatch], model: ScheduledChunk) -> tuple[torch.Tensor, Any]:
         batch = next(data)
-        packing = Packing(
+        packing = DocumentPacking(
             document_starts=batch.document_starts,
             positions_BS=batch.positions_BS.to(topology.device, non_blocking=True),
         )

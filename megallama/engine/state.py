@@ -39,11 +39,11 @@ def prepare_state(zero: ZeroEngine) -> None:
 def own_fragments(zero: ZeroEngine, module: torch.nn.Module) -> Iterator[Fragment]:
     """Every range of a parameter that this rank owns, with its views. No copies, no collectives."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    if zero.stage_number == 3:
+    if zero.zero_stage == 3:
         yield from _fragments_of_stage_3(zero, names)
         return
     optimizer = zero.optimizer
-    is_written = zero.stage_number > 0 or zero.is_first_replica
+    is_written = zero.zero_stage > 0 or zero.is_first_replica
     for index, (parameters, low, master) in enumerate(_groups(optimizer)):
         size = master.numel()
         begin = size * dist.get_rank(optimizer.real_dp_process_group[index])
@@ -94,7 +94,7 @@ def check_fragments(zero: ZeroEngine, module: torch.nn.Module) -> None:
 def publish_masters(zero: ZeroEngine) -> None:
     """Round the masters into the weights that the forward uses, on every rank."""
     optimizer = zero.optimizer
-    if zero.stage_number < 3:
+    if zero.zero_stage < 3:
         optimizer.update_lp_params()
         return
     optimizer.checkpoint_event_prologue()

@@ -61,18 +61,18 @@ class ZeroEngine:
 
     def __init__(
         self,
-        stage: torch.nn.Module,
+        module: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         config: RunConfig,
         topology: Topology,
     ) -> None:
-        self.stage_number = config.zero.stage
+        self.zero_stage = config.zero.stage
         self._is_loss_scaled = config.precision.dtype == Dtype.fp16
         self._topology = topology
         self.device = topology.device
         self.is_first_replica = topology.dp_cp_group.rank() == 0
-        self.shard_group = topology.own_group if self.stage_number == 0 else topology.dp_cp_group
+        self.shard_group = topology.own_group if self.zero_stage == 0 else topology.dp_cp_group
         self.shard_size = self.shard_group.size()
         """Ranks over which DeepSpeed averages gradients; the loss is multiplied by it."""
         use_double(config.precision.dtype == Dtype.fp64)
@@ -80,7 +80,7 @@ class ZeroEngine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._engine, _, _, _ = deepspeed.initialize(
-                model=stage,
+                model=module,
                 optimizer=optimizer,
                 config=deepspeed_config(config, shard_size=self.shard_size),
                 mpu=DeepSpeedGroups(topology, shard_group=self.shard_group),
@@ -88,7 +88,7 @@ class ZeroEngine:
             )
         self._weight_decays = [group["weight_decay"] for group in self.optimizer.optimizer.param_groups]
         self._num_begun = self._num_ended = 0
-        self._local = self._local_gradients(config, stage)
+        self._local = self._local_gradients(config, module)
         self._watch_backwards()
 
     @property
@@ -115,7 +115,7 @@ class ZeroEngine:
     @contextmanager
     def whole(self, parameter: torch.nn.Parameter) -> Iterator[None]:
         """`parameter` in full for the time of the block, also where ZeRO 3 has partitioned it. Only to be read."""
-        if self.stage_number < 3:
+        if self.zero_stage < 3:
             yield
             return
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -124,7 +124,7 @@ class ZeroEngine:
     def kept_gradients(self) -> Iterator[torch.Tensor]:
         """What DeepSpeed has summed beside the parameters' own gradients; nothing, or zeros, between two steps."""
         optimizer = self.optimizer
-        if self.stage_number == 3:
+        if self.zero_stage == 3:
             yield optimizer.grad_partitions_flat_buffer
         if self._local is not None:
             yield from self._local.kept()
@@ -146,10 +146,10 @@ class ZeroEngine:
         for group, decay in zip(self.optimizer.optimizer.param_groups, self._weight_decays, strict=True):
             group["lr"] = lr
             group["weight_decay"] = decay if is_decayed else 0.0
-        if self.stage_number == 0:
+        if self.zero_stage == 0:
             self._all_reduce_gradients()
         self._engine.step()
-        if self.stage_number == 3:
+        if self.zero_stage == 3:
             self.optimizer.grad_partitions_flat_buffer.zero_()
         for kept in getattr(self.optimizer, "accumulated_grads_in_cpu", {}).values():
             kept.zero_()
@@ -171,12 +171,12 @@ class ZeroEngine:
         coordinator.assert_ints_same_as_other_ranks = self._assert_same_ints
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
-    def _local_gradients(self, config: RunConfig, stage: torch.nn.Module) -> LocalGradients | None:
+    def _local_gradients(self, config: RunConfig, module: torch.nn.Module) -> LocalGradients | None:
         period = config.zero.accumulate_micro_batches
         if period == 1:
             return None
         train = config.train
-        tied: Any = getattr(stage, "tied", None)
+        tied: Any = getattr(module, "tied", None)
         return LocalGradients(
             self.optimizer,
             period=period,

@@ -14,7 +14,7 @@ import torch
 
 from megallama.checkpoint.format.boxes import DEFAULT_CAP_ELEMENTS
 from megallama.checkpoint.format.integrity import locate_checkpoint
-from megallama.checkpoint.format.model_identity import model_of_facts
+from megallama.checkpoint.format.model_identity import model_of_identity
 from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.config.load import load_yaml
 from megallama.config.schema import Dtype, ModelConfig
@@ -110,19 +110,19 @@ def _kept_folder(like: Path) -> Path:
 def _model(
     reader: CheckpointReader, run: Path, original: dict[str, Any] | None, *, origin: Path
 ) -> ModelConfig:
-    """The checkpoint's model; the facts leave out its name and context, which stand beside it."""
-    facts = model_of_facts(reader.model, name=run.name, max_seq_len=1)
+    """The checkpoint's model; its stored identity leaves out name and context, which stand beside it."""
+    stored = model_of_identity(reader.model, name=run.name, max_seq_len=1)
     if original is not None:
         peer = model_from_hugging_face(
-            original, name=run.name, vocab_multiple=facts.vocab_multiple, origin=str(origin / CONFIG_FILE)
+            original, name=run.name, vocab_multiple=stored.vocab_multiple, origin=str(origin / CONFIG_FILE)
         )
-        differences = same_model(facts, peer)
+        differences = same_model(stored, peer)
         if differences:
             raise UserError(
                 f"the checkpoint {reader.folder} is of another model than {origin / CONFIG_FILE}"
                 f" ({', '.join(differences)}): give --like the folder of this model"
             )
-        return dataclasses.replace(facts, max_seq_len=peer.max_seq_len)
+        return dataclasses.replace(stored, max_seq_len=peer.max_seq_len)
     if not (run / "config.yaml").is_file():
         raise UserError(
             f"the context of {reader.folder} is not known (no config.yaml in {run}): export it inside its run folder,"
@@ -130,7 +130,7 @@ def _model(
         )
     trained = load_yaml(run / "config.yaml").model
     return dataclasses.replace(
-        facts, name=trained.name, max_seq_len=trained.max_seq_len, init_std=trained.init_std
+        stored, name=trained.name, max_seq_len=trained.max_seq_len, init_std=trained.init_std
     )
 
 

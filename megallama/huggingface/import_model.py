@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from megallama.checkpoint.format.model_identity import model_facts
+from megallama.checkpoint.format.model_identity import model_identity
 from megallama.checkpoint.offline.writer import CheckpointWriter
 from megallama.config.load import is_shipped_otherwise, model_to_yaml
 from megallama.config.schema import ModelConfig
@@ -63,7 +63,11 @@ def import_model(
         with new_folder(output) as folder:
             state = {"source": {"model_type": config["model_type"], "dtype": weights.widest_dtype}}
             with CheckpointWriter(
-                folder / "checkpoints", step=0, model=model_facts(model), state=state, size_bytes=size_bytes
+                folder / "checkpoints",
+                step=0,
+                model=model_identity(model),
+                state=state,
+                size_bytes=size_bytes,
             ) as writer:
                 for key in weights.canonical:
                     _write_tensor(writer, key, weights)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.checkpoint.format.boxes import DEFAULT_CAP_ELEMENTS, BoxedTensor, Ints
-from megallama.checkpoint.format.model_identity import check_model, model_facts
+from megallama.checkpoint.format.model_identity import check_model, model_identity
 from megallama.checkpoint.format.record import JSON
 from megallama.config.same_model import WITHOUT_WEIGHTS
 from megallama.config.schema import ModelConfig
@@ -116,8 +116,8 @@ def load_hugging_face(
     """
 
     def fill() -> dict[str, JSON]:
-        there = model_facts(model_of_folder(folder, name=model.name, vocab_multiple=model.vocab_multiple))
-        check_model(folder, there, model_facts(model), may_differ=WITHOUT_WEIGHTS)
+        there = model_identity(model_of_folder(folder, name=model.name, vocab_multiple=model.vocab_multiple))
+        check_model(folder, there, model_identity(model), may_differ=WITHOUT_WEIGHTS)
         with HuggingFaceWeights(folder, model=model) as weights, torch.no_grad():
             weights.fill(tensors)
         return there

@@ -19,7 +19,7 @@ from megallama.kernels.attention.core import Attention
 from megallama.kernels.attention.transformer_engine import TransformerEngineAttention
 from megallama.kernels.norm import NormFunction
 from megallama.kernels.swiglu import swiglu
-from megallama.model.packing import Packing
+from megallama.model.packing import DocumentPacking
 
 
 class RmsNorm(torch.nn.Module):
@@ -82,7 +82,7 @@ class CoreAttention(torch.nn.Module):
         value_SBKD: torch.Tensor,
         attention_mask: None,
         *,
-        packed_seq_params: Packing | None = None,
+        packed_seq_params: DocumentPacking | None = None,
         **_: Any,
     ) -> torch.Tensor:
         """Attention output, [S, B, N x D]."""

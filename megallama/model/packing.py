@@ -16,7 +16,7 @@ from megallama.kernels.attention.plan import DocumentStarts
 
 
 @dataclass
-class Packing(PackedSeqParams):
+class DocumentPacking(PackedSeqParams):
     """Documents and positions of one micro-batch: B sequences, L positions of this context-parallel rank."""
 
     qkv_format: str = "sbhd"

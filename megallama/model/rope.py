@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megallama.config.schema import ModelConfig, RopeScaling
-from megallama.model.packing import Packing
+from megallama.model.packing import DocumentPacking
 
 
 def inverse_frequencies(model: ModelConfig, *, head_dim: int, seq_len: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ class RotaryAngles(torch.nn.Module):
         transformer: Any,
         transformer_input: torch.Tensor | None,
         transformer_config: Any,
-        packing: Packing | None = None,
+        packing: DocumentPacking | None = None,
     ) -> torch.Tensor:
         """Positions [B or 1, L]; what megatron-core takes for a length it only hands back to `forward`."""
         if packing is not None and packing.positions_BS is not None:

@@ -41,7 +41,7 @@ UNIT_BYTES = 4 << 20
 MAX_UNITS = 1 << 16
 MAX_UNIT_BYTES = 1 << 28
 
-_FOOTER = struct.Struct("<QQQ8s")  # documents, tokens, bytes of facts
+_FOOTER = struct.Struct("<QQQ8s")  # documents, tokens, bytes of the summary
 _MAGIC = b"MLUNIT03"
 _DOCUMENT = np.dtype([("length", "<i8"), ("draw", "<f8"), ("stretch", "<i8"), ("place", "<i8")])
 """What stands behind the tokens of a unit for each of its documents."""
@@ -67,7 +67,7 @@ class Unit:
 
 
 @dataclass
-class UnitFacts:
+class UnitSummary:
     """What is counted in a unit."""
 
     documents: int = 0
@@ -136,7 +136,7 @@ def unit_path(folder: Path, key: str) -> Path:
 
 def encode_unit(
     unit: Unit, path: Path, *, tokenizer: Tokenizer, reading: Reading, seed: int, max_damaged: int
-) -> UnitFacts:
+) -> UnitSummary:
     """Tokenizes `unit` into the file `path`, which appears when it is whole.
 
     Memory is bounded by a batch of documents, however many there are.
@@ -145,7 +145,7 @@ def encode_unit(
         UserError: as `read_records`; more than `max_damaged` records give no document.
         OSError: `path` cannot be written.
     """
-    facts = UnitFacts()
+    summary = UnitSummary()
     scripts: Counter[str] = Counter()
     language_documents: Counter[str] = Counter()
     language_bytes: Counter[str] = Counter()
@@ -157,7 +157,7 @@ def encode_unit(
             open(being_written, "wb", buffering=1 << 20) as stream,
             TemporaryFile(dir=path.parent, buffering=1 << 20) as table,
         ):
-            for batch in _batches(unit, reading=reading, damaged=facts.damaged, max_damaged=max_damaged):
+            for batch in _batches(unit, reading=reading, damaged=summary.damaged, max_damaged=max_damaged):
                 texts = [document.text for _, document in batch]
                 rows = np.empty(len(batch), dtype=_DOCUMENT)
                 for index, ids in enumerate(tokenizer.encode_batch(texts)):
@@ -166,29 +166,29 @@ def encode_unit(
                     number, document = batch[index]
                     rows[index] = len(ids), draw_of(document.key, seed=seed), number, document.place
                 table.write(rows.tobytes())
-                facts.documents += len(batch)
-                facts.tokens += int(rows["length"].sum())
+                summary.documents += len(batch)
+                summary.tokens += int(rows["length"].sum())
                 for text in texts:
                     characters = count_characters(text)
                     scripts.update(characters)
                     language = likely_language(characters)
                     language_documents[language] += 1
                     language_bytes[language] += len(text.encode("utf-8"))
-            facts.characters = dict(sorted(scripts.items()))
-            facts.language_documents = dict(sorted(language_documents.items()))
-            facts.language_bytes = dict(sorted(language_bytes.items()))
-            facts.text_bytes = sum(language_bytes.values())
+            summary.characters = dict(sorted(scripts.items()))
+            summary.language_documents = dict(sorted(language_documents.items()))
+            summary.language_bytes = dict(sorted(language_bytes.items()))
+            summary.text_bytes = sum(language_bytes.values())
             table.seek(0)
             shutil.copyfileobj(table, stream)
-            content = json.dumps(asdict(facts)).encode()
+            content = json.dumps(asdict(summary)).encode()
             stream.write(content)
-            stream.write(_FOOTER.pack(facts.documents, facts.tokens, len(content), _MAGIC))
+            stream.write(_FOOTER.pack(summary.documents, summary.tokens, len(content), _MAGIC))
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(being_written, path)
     finally:
         being_written.unlink(missing_ok=True)
-    return facts
+    return summary
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ class EncodedUnit:
     """Its place in the file of that stretch, see `origins`."""
 
 
-def read_facts(path: Path) -> UnitFacts | None:
-    """The facts of the finished unit at `path`; None where there is none."""
+def read_summary(path: Path) -> UnitSummary | None:
+    """The summary of the finished unit at `path`; None where there is none."""
     try:
         with open(path, "rb") as stream:
             stream.seek(-_FOOTER.size, os.SEEK_END)
@@ -220,7 +220,7 @@ def read_facts(path: Path) -> UnitFacts | None:
     except (OSError, ValueError, struct.error):
         return None
     content["damaged"] = [Damage(**damage) for damage in content["damaged"]]
-    return UnitFacts(**content)
+    return UnitSummary(**content)
 
 
 def read_unit(path: Path, *, vocab_size: int) -> Iterator[EncodedUnit]:

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.corpus.documents import Damage
-from megallama.prepare.encoding import UnitFacts
+from megallama.prepare.encoding import UnitSummary
 from megallama.prepare.publishing import DAMAGED, TOKEN_COUNTS, WorkFolder
 from megallama.tokenizers.load import Tokenizer
-from megallama.tokens.manifest import REPORT, TRAIN, VALID, Manifest, read_manifest
+from megallama.tokens.manifest import REPORT, TRAIN, VALID, TokenManifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class SourceReport:
     damaged: int = 0
     """Records that gave no document."""
 
-    def add(self, facts: UnitFacts) -> None:
+    def add(self, summary: UnitSummary) -> None:
         """Count a unit."""
-        self.documents += facts.documents
-        self.tokens += facts.tokens
-        self.text_bytes += facts.text_bytes
-        self.characters.update(facts.characters)
-        self.language_documents.update(facts.language_documents)
-        self.language_bytes.update(facts.language_bytes)
-        self.damaged += len(facts.damaged)
+        self.documents += summary.documents
+        self.tokens += summary.tokens
+        self.text_bytes += summary.text_bytes
+        self.characters.update(summary.characters)
+        self.language_documents.update(summary.language_documents)
+        self.language_bytes.update(summary.language_bytes)
+        self.damaged += len(summary.damaged)
 
     @property
     def script_shares(self) -> dict[str, float]:
@@ -102,7 +102,7 @@ class PrepareReport:
 
 def build_report(
     folder: Path,
-    manifests: Mapping[str, Manifest],
+    manifests: Mapping[str, TokenManifest],
     *,
     sources: Iterable[SourceReport],
     tokenizer: Tokenizer,
@@ -132,7 +132,7 @@ def build_report(
     )
 
 
-def write_facts(work: WorkFolder, report: PrepareReport, counts: npt.NDArray[np.int64]) -> None:
+def write_report(work: WorkFolder, report: PrepareReport, counts: npt.NDArray[np.int64]) -> None:
     """`prepared.json`, `token-counts.npy`, `damaged.jsonl`; the same however often it was interrupted."""
     splits = {TRAIN: report.train, VALID: report.validation}
     content = {
@@ -175,7 +175,7 @@ def write_facts(work: WorkFolder, report: PrepareReport, counts: npt.NDArray[np.
 
 
 def read_report(folder: Path, *, tokenizer: Tokenizer) -> PrepareReport:
-    """The report on what lies in `folder`, from the files that `write_facts` wrote."""
+    """The report on what lies in `folder`, from the files that `write_report` wrote."""
     content = json.loads((folder / REPORT).read_text(encoding="utf-8", errors="surrogateescape"))
     manifests = {name: manifest for name in content["splits"] if (manifest := read_manifest(folder / name))}
     sources = [

@@ -16,14 +16,14 @@ import numpy.typing as npt
 
 from megallama.corpus.corpus import CorpusFile, Damage, Documents, Reading, empty_corpus, expand_inputs
 from megallama.host.errors import UserError
-from megallama.prepare.encoding import Unit, UnitFacts, plan_units, read_facts, too_much_damage, unit_path
+from megallama.prepare.encoding import Unit, UnitSummary, plan_units, read_summary, too_much_damage, unit_path
 from megallama.prepare.publishing import WorkFolder, check_output, locked_work
 from megallama.prepare.report import (
     PrepareReport,
     SourceReport,
     build_report,
     read_report,
-    write_facts,
+    write_report,
 )
 from megallama.prepare.token_writer import join_units
 from megallama.prepare.workers import Work, encode_units, writing_failed
@@ -124,8 +124,8 @@ class _Job:
         """Digest of it."""
         names = [(file.source, file.relative) for file in self.files]
         keys = [unit.key for unit in self.units]
-        facts = repr((names, keys, self.validation_fraction, self.shard_tokens))
-        return hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()
+        settings = repr((names, keys, self.validation_fraction, self.shard_tokens))
+        return hashlib.sha256(settings.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _prepare(
@@ -168,7 +168,7 @@ def _prepare(
             damaged=tally.damaged,
             resumed_bytes=tally.resumed_bytes,
         )
-        write_facts(work, report, counts)
+        write_report(work, report, counts)
         _write_names(work, job.files)
         work.publish(job.key)
     return report
@@ -239,9 +239,9 @@ class _Tally:
     def documents(self) -> int:
         return sum(source.documents for source in self.sources.values())
 
-    def add(self, unit: Unit, facts: UnitFacts) -> None:
-        self.sources[unit.stretches[0].file.source].add(facts)
-        self.damaged += facts.damaged
+    def add(self, unit: Unit, summary: UnitSummary) -> None:
+        self.sources[unit.stretches[0].file.source].add(summary)
+        self.damaged += summary.damaged
         if len(self.damaged) > self._max_damaged:
             raise too_much_damage(self.damaged, count=len(self.damaged), max_damaged=self._max_damaged)
 
@@ -256,13 +256,13 @@ def _tokenize(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     total = sum(unit.num_bytes for unit in units)
-    known = {unit.key: read_facts(unit_path(job.folder, unit.key)) for unit in units}
+    known = {unit.key: read_summary(unit_path(job.folder, unit.key)) for unit in units}
     missing = [unit for unit in units if known[unit.key] is None]
     tally.resumed_bytes = done = total - sum(unit.num_bytes for unit in missing)
     encoded = encode_units(missing, job, workers=min(workers, len(missing)), tokenizer=tokenizer)
     with closing(encoded):
-        for unit, facts in _merged(units, known, encoded):
-            tally.add(unit, facts)
+        for unit, summary in _merged(units, known, encoded):
+            tally.add(unit, summary)
             if known[unit.key] is None:
                 done += unit.num_bytes
             if progress is not None:
@@ -270,8 +270,8 @@ def _tokenize(
 
 
 def _merged(
-    units: Sequence[Unit], known: dict[str, UnitFacts | None], encoded: Iterator[UnitFacts]
-) -> Iterator[tuple[Unit, UnitFacts]]:
-    """All units in order with their facts, those that are known and those that are made now."""
+    units: Sequence[Unit], known: dict[str, UnitSummary | None], encoded: Iterator[UnitSummary]
+) -> Iterator[tuple[Unit, UnitSummary]]:
+    """All units in order with their summary, those that are known and those that are made now."""
     for unit in units:
         yield unit, known[unit.key] or next(encoded)

@@ -20,7 +20,7 @@ from megallama.tokens.manifest import (
     INDEX_MAGIC,
     TRAIN,
     VALID,
-    Manifest,
+    TokenManifest,
     join_manifests,
     sha256_of,
     shard_name,
@@ -104,7 +104,7 @@ class TokenWriter:
         self.tokens += tokens.size
         self.documents += lengths.size
 
-    def finish(self) -> Manifest:
+    def finish(self) -> TokenManifest:
         """Write index and manifest; everything is on the disk then."""
         for stream in (self._stream, self._origins):
             stream.flush()
@@ -115,7 +115,7 @@ class TokenWriter:
                 stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
-        manifest = Manifest(
+        manifest = TokenManifest(
             tokenizer_name=self._tokenizer.name,
             tokenizer_sha256=self._tokenizer.sha256,
             vocab_size=self._tokenizer.vocab_size,
@@ -153,7 +153,7 @@ class ShardedWriter:
         self._tokenizer = tokenizer
         self._dtype = np.dtype(token_type(tokenizer.vocab_size))
         self._shard_tokens = shard_tokens
-        self._finished: list[Manifest] = []
+        self._finished: list[TokenManifest] = []
         # Of the one file that the shards would make, by which the source is known.
         self._digest = hashlib.sha256()
         self._lengths = Lengths(prefix.parent)
@@ -193,7 +193,7 @@ class ShardedWriter:
             self._writer.add(tokens[first_token:end_token], lengths[first:end], origins[first:end])
             first, first_token = end, end_token
 
-    def finish(self) -> Manifest:
+    def finish(self) -> TokenManifest:
         """Write what is left; the manifest of the whole split."""
         if self._shard_tokens is None:
             return self._writer.finish()
@@ -205,7 +205,7 @@ class ShardedWriter:
         write_manifest(self._prefix, whole)
         return whole
 
-    def _finish_shard(self) -> Manifest:
+    def _finish_shard(self) -> TokenManifest:
         for part in self._writer.lengths.parts():
             self._lengths.append(part)
         manifest = self._writer.finish()
@@ -226,7 +226,7 @@ def join_units(
     tokenizer: Tokenizer,
     validation_fraction: float,
     shard_tokens: int | None,
-) -> tuple[dict[str, Manifest], npt.NDArray[np.int64]]:
+) -> tuple[dict[str, TokenManifest], npt.NDArray[np.int64]]:
     """Writes the units as `folder`/train and, with a fraction above 0, `folder`/valid.
 
     `files_of` has for each unit the file number of each of its stretches.

@@ -1,4 +1,4 @@
-"""Processes that tokenize units; they read the text and write the tokens themselves, only facts pass between them.
+"""Processes that tokenize units; they read the text and write the tokens themselves, only summaries pass between them.
 
 Imports no torch, because every worker process loads this module.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from megallama.corpus.corpus import Reading
 from megallama.host.errors import UserError
 from megallama.host.threads import one_tokenizer_thread
-from megallama.prepare.encoding import Unit, UnitFacts, encode_unit, unit_path
+from megallama.prepare.encoding import Unit, UnitSummary, encode_unit, unit_path
 from megallama.tokenizers.interface import Tokenizer
 from megallama.tokenizers.load import load_tokenizer
 
@@ -45,8 +45,8 @@ class Work:
 
 def encode_units(
     units: Iterable[Unit], work: Work, *, workers: int, tokenizer: Tokenizer
-) -> Generator[UnitFacts, None, None]:
-    """Facts of the units in their order; their files lie in `work.folder` then.
+) -> Generator[UnitSummary, None, None]:
+    """Summaries of the units in their order; their files lie in `work.folder` then.
 
     Raises:
         UserError: from reading a document or writing tokens, or because a worker process died.
@@ -83,8 +83,8 @@ def writing_failed(folder: Path, error: OSError) -> UserError:
     return UserError(f"output {folder} cannot be written ({error.strerror or error}): choose another folder")
 
 
-def _in_order(pool: ProcessPoolExecutor, units: Iterator[Unit], *, ahead: int) -> Iterator[UnitFacts]:
-    waiting: deque[Future[UnitFacts]] = deque()
+def _in_order(pool: ProcessPoolExecutor, units: Iterator[Unit], *, ahead: int) -> Iterator[UnitSummary]:
+    waiting: deque[Future[UnitSummary]] = deque()
     for unit in units:
         waiting.append(pool.submit(_encode_in_worker, unit))
         if len(waiting) > ahead:
@@ -93,7 +93,7 @@ def _in_order(pool: ProcessPoolExecutor, units: Iterator[Unit], *, ahead: int) -
         yield waiting.popleft().result()
 
 
-def _encode(unit: Unit, work: Work, tokenizer: Tokenizer) -> UnitFacts:
+def _encode(unit: Unit, work: Work, tokenizer: Tokenizer) -> UnitSummary:
     try:
         return encode_unit(
             unit,
@@ -126,7 +126,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(unit: Unit) -> UnitFacts:
+def _encode_in_worker(unit: Unit) -> UnitSummary:
     assert _in_worker is not None
     work, tokenizer = _in_worker
     if tokenizer.sha256 != work.tokenizer_sha256:

@@ -18,7 +18,7 @@ import torch
 
 from megallama.config.schema import RunConfig
 from megallama.host.errors import UserError
-from megallama.kernels.attention.zigzag import spans, take_shard
+from megallama.kernels.attention.zigzag import stretches, take_shard
 from megallama.stream.history import History, Pace
 from megallama.stream.ledger import from_plain, to_plain
 from megallama.stream.open import RunData, open_data
@@ -71,7 +71,7 @@ class DataLoader:
         self._data = data
         self._part = part
         self._seq_len = config.train.seq_len
-        self._spans = spans(self._seq_len, cp_size=config.parallel.cp, cp_rank=part.cp_rank)
+        self._spans = stretches(self._seq_len, cp_size=config.parallel.cp, cp_rank=part.cp_rank)
         self._plain_positions = _page_locked(self._shard(positions(((0,),), seq_len=self._seq_len)))
         self._train = self._continued(History(), step=0)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")

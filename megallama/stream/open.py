@@ -53,7 +53,7 @@ def open_data(config: RunConfig) -> RunData:
     return _open(config, files, index_folder=Path(config.train.run_dir) / INDEX_FOLDER)
 
 
-def check_data(config: RunConfig) -> list[str]:
+def data_problems(config: RunConfig) -> list[str]:
     """What keeps the data of a run from being opened or from lasting; the rules are those of opening it.
 
     Indexes and manifests are looked at and no token is read, so it suits a login node. Sources that rules of their

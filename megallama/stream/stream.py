@@ -16,7 +16,7 @@ from megallama.stream.blend import MAX_PERIOD, is_blendable
 from megallama.stream.history import History, Mix, MixSource
 from megallama.stream.source import TokenSource
 from megallama.stream.window_index import load_window_starts
-from megallama.stream.windows import Cutting, Span, Windows
+from megallama.stream.windows import Cutting, TokenSpan, Windows
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Located:
     """Epoch of that source, from 0."""
     place: int
     """How many samples of that epoch came before."""
-    spans: tuple[Span, ...]
+    spans: tuple[TokenSpan, ...]
     """Its seq_len + 1 tokens, in order; two spans where the ring of tokens closes."""
 
 

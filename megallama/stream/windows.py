@@ -26,7 +26,7 @@ from megallama.stream.source import TokenSource
 
 
 @dataclass(frozen=True)
-class Span:
+class TokenSpan:
     """Tokens [start, start + count) of a source."""
 
     start: int
@@ -71,7 +71,7 @@ class Windows:
         # Two: around the end of an epoch samples of both are asked for in turn.
         self._order = lru_cache(maxsize=2)(self._build_order)
 
-    def window(self, number: int) -> list[Span]:
+    def window(self, number: int) -> list[TokenSpan]:
         """The tokens of window `number`, counted over all epochs: one span, two where the ring closes."""
         epoch, place = divmod(number, self.num_windows)
         length = self._cutting.seq_len + 1
@@ -81,10 +81,10 @@ class Windows:
         else:
             entry = 0
         if self._starts is not None:
-            return [Span(int(self._starts[place]), length)]
+            return [TokenSpan(int(self._starts[place]), length)]
         start = (entry + place * self._cutting.seq_len) % self.source.num_tokens
         before_end = min(length, self.source.num_tokens - start)
-        spans = [Span(start, before_end), Span(0, length - before_end)]
+        spans = [TokenSpan(start, before_end), TokenSpan(0, length - before_end)]
         return [span for span in spans if span.count]
 
     def _build_order(self, epoch: int) -> tuple[Permutation, int]:

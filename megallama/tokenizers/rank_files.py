@@ -222,14 +222,14 @@ def _parse(path: Path, content: bytes) -> dict[bytes, int]:
 def _described(side: Path, content: bytes, ranks: dict[bytes, int]) -> RankFamily:
     """The family that a side file describes."""
     try:
-        facts = json.loads(content)
-        special = {str(name): int(number) for name, number in facts["special_tokens"].items()}
+        described = json.loads(content)
+        special = {str(name): int(number) for name, number in described["special_tokens"].items()}
         family = RankFamily(
-            pattern=str(facts["pattern"]),
+            pattern=str(described["pattern"]),
             special_tokens=special,
-            end=str(facts["eos_token"]),
-            begin=facts.get("bos_token"),
-            normalization=facts.get("normalization"),
+            end=str(described["eos_token"]),
+            begin=described.get("bos_token"),
+            normalization=described.get("normalization"),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{side} cannot be understood ({error!r}): mend or remove it") from error

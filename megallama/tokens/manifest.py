@@ -36,7 +36,7 @@ _PREPARE_AGAIN = "prepare or copy it again"
 
 
 @dataclass(frozen=True)
-class Manifest:
+class TokenManifest:
     """What `megallama prepare` says about a token file."""
 
     tokenizer_name: str
@@ -74,7 +74,7 @@ def shard_prefixes(prefix: str | Path) -> list[str]:
     return [shard_name(prefix, number) for number in range(manifest.shards)]
 
 
-def join_manifests(shards: Sequence[Manifest], *, bin_sha256: str, idx_sha256: str) -> Manifest:
+def join_manifests(shards: Sequence[TokenManifest], *, bin_sha256: str, idx_sha256: str) -> TokenManifest:
     """The manifest of a dataset that is cut into `shards`; the checksums are those of the files without a cut."""
     parts = hashlib.sha256(" ".join(f"{shard.bin_sha256} {shard.idx_sha256}" for shard in shards).encode())
     return replace(
@@ -89,7 +89,7 @@ def join_manifests(shards: Sequence[Manifest], *, bin_sha256: str, idx_sha256: s
     )
 
 
-def content_identity(manifest: Manifest) -> str | None:
+def content_identity(manifest: TokenManifest) -> str | None:
     """Digest of what the files of a manifest hold, whatever shards they are; None for shards of before it was known."""
     if manifest.shards and not manifest.parts_sha256:
         return None
@@ -97,7 +97,7 @@ def content_identity(manifest: Manifest) -> str | None:
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
+def write_manifest(prefix: str | Path, manifest: TokenManifest) -> None:
     """Writes `<prefix>.json`."""
     content = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **asdict(manifest)}
     with open(f"{prefix}.json", "w", encoding="utf-8") as stream:
@@ -107,7 +107,7 @@ def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
         os.fsync(stream.fileno())
 
 
-def read_manifest(prefix: str | Path) -> Manifest | None:
+def read_manifest(prefix: str | Path) -> TokenManifest | None:
     """The manifest of a token file; None where there is none, as beside files that Megatron made.
 
     Raises:
@@ -129,12 +129,12 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
             f"manifest {path} has version {content.get('version')}, this megallama reads {MANIFEST_VERSION}:"
             " prepare it again or use the megallama that wrote it"
         )
-    kinds = {field.name: int if field.type == "int" else str for field in fields(Manifest)}
+    kinds = {field.name: int if field.type == "int" else str for field in fields(TokenManifest)}
     content = {"shards": 0, "parts_sha256": "", **content}  # manifests of before there were these
     wrong = [name for name, kind in kinds.items() if type(content.get(name)) is not kind]
     if wrong:
         raise UserError(f"manifest {path} lacks or garbles {', '.join(wrong)}: {_PREPARE_AGAIN}")
-    return Manifest(**{name: content[name] for name in kinds})
+    return TokenManifest(**{name: content[name] for name in kinds})
 
 
 def check_token_file(prefix: str | Path) -> list[str]:
@@ -203,7 +203,7 @@ def _check_index(prefix: str, bin_bytes: int) -> list[str]:
     return []
 
 
-def _check_shards(prefix: str | Path, whole: Manifest) -> list[str]:
+def _check_shards(prefix: str | Path, whole: TokenManifest) -> list[str]:
     prefixes = [shard_name(prefix, number) for number in range(whole.shards)]
     problems = [problem for shard in prefixes for problem in check_token_file(shard)]
     if problems:
@@ -218,7 +218,7 @@ def _check_shards(prefix: str | Path, whole: Manifest) -> list[str]:
     return []
 
 
-def _is_joined(shards: Sequence[Manifest], whole: Manifest) -> bool:
+def _is_joined(shards: Sequence[TokenManifest], whole: TokenManifest) -> bool:
     if whole.parts_sha256:
         return join_manifests(shards, bin_sha256=whole.bin_sha256, idx_sha256=whole.idx_sha256) == whole
     # Manifests of before `parts_sha256`: their own checksums were those of the shards' checksums.
@@ -230,7 +230,7 @@ def _is_joined(shards: Sequence[Manifest], whole: Manifest) -> bool:
     return replace(joined, parts_sha256="") == whole
 
 
-def _check_manifest(prefix: str, manifest: Manifest | None) -> list[str]:
+def _check_manifest(prefix: str, manifest: TokenManifest | None) -> list[str]:
     if manifest is None:
         return []
     with open(f"{prefix}.idx", "rb") as stream:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from megallama.host.errors import ConfigError, UserError
 from megallama.tokens.manifest import (
     INDEX_HEADER,
-    Manifest,
+    TokenManifest,
     check_token_file,
     content_identity,
     read_manifest,
@@ -63,7 +63,7 @@ class TokenFile:
         if problems:
             raise ConfigError(problems)
         self.name = str(prefix)
-        self.manifest: Manifest | None = read_manifest(prefix)
+        self.manifest: TokenManifest | None = read_manifest(prefix)
         tokens, index = _mapped(f"{prefix}.bin"), _mapped(f"{prefix}.idx")
         _, _, code, sequences, entries = INDEX_HEADER.unpack(index[:_HEADER_BYTES])
         self._dtype = np.dtype(_NUMBER_FORMATS[code])

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megallama.checkpoint.format.model_identity import model_facts
+from megallama.checkpoint.format.model_identity import model_identity
 from megallama.config.load import to_yaml
 from megallama.config.schema import RunConfig
 from megallama.engine.build import Engine
@@ -32,7 +32,7 @@ from megallama.trainer.hooks.metrics import MetricsHook
 from megallama.trainer.hooks.samples import SamplesHook
 from megallama.trainer.hooks.traffic import MeteredEngine
 from megallama.trainer.loop import StepEngine, Trainer
-from megallama.trainer.resume import layout_facts, start_run
+from megallama.trainer.resume import describe_layout, start_run
 from megallama.trainer.run_folder import RunFolder
 from megallama.trainer.saver import Saver, SaveReportHook
 from megallama.trainer.state import TrainState
@@ -90,13 +90,13 @@ def build_trainer(
     # Every rank learns of a failure, so that none waits for the others.
     Ranks(topology.host_group).first(lambda: folder.write_ledger(loader.ledger(state.step)))
     train = config.train
-    layout = layout_facts(config, topology)
+    layout = describe_layout(config, topology)
     saver = Saver(
         folder.checkpoints,
         config.checkpoint,
         topology,
         engine=engine,
-        model=model_facts(config.model),
+        model=model_identity(config.model),
         describe=lambda step: {"layout": layout, "data": loader.ledger(step)},
         resumed_step=state.step if state.step > 0 else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megallama.checkpoint.format.model_identity import model_differences, model_facts
+from megallama.checkpoint.format.model_identity import model_differences, model_identity
 from megallama.checkpoint.format.protocol import (
     check_sizes,
     find_checkpoints,
@@ -34,12 +34,16 @@ def source_problems(path: Path, *, model: ModelConfig, own: Path) -> list[str]:
     if find_checkpoints(own):
         return []
     try:
-        stored = _facts_of_folder(path, model) if is_hugging_face_source(path) else _facts_of_checkpoint(path)
+        stored = (
+            _identity_of_folder(path, model)
+            if is_hugging_face_source(path)
+            else _identity_of_checkpoint(path)
+        )
     except UserError as error:
         return [f"train.init_from ({path}): {error}"]
     except OSError as error:
         return [f"train.init_from ({path}) cannot be read ({error.strerror}): check its permissions"]
-    differences = model_differences(stored, model_facts(model), may_differ=WITHOUT_WEIGHTS)
+    differences = model_differences(stored, model_identity(model), may_differ=WITHOUT_WEIGHTS)
     if differences:
         return [
             f"train.init_from ({path}) holds another model ({'; '.join(differences)}):"
@@ -53,7 +57,7 @@ def is_hugging_face_source(path: Path) -> bool:
     return is_hugging_face(path) and not is_checkpoint(path) and not _checkpoints_at(path)
 
 
-def _facts_of_checkpoint(path: Path) -> dict[str, JSON]:
+def _identity_of_checkpoint(path: Path) -> dict[str, JSON]:
     checkpoint = _candidate(path)
     with damage_at(checkpoint):
         manifest = read_manifest(checkpoint)
@@ -62,10 +66,10 @@ def _facts_of_checkpoint(path: Path) -> dict[str, JSON]:
     return manifest.model
 
 
-def _facts_of_folder(path: Path, model: ModelConfig) -> dict[str, JSON]:
+def _identity_of_folder(path: Path, model: ModelConfig) -> dict[str, JSON]:
     there = model_of_folder(path, name=model.name, vocab_multiple=model.vocab_multiple)
     with HuggingFaceWeights(path, model=there):
-        return model_facts(there)
+        return model_identity(there)
 
 
 def _checkpoints_at(path: Path) -> list[Path]:

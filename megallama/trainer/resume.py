@@ -11,7 +11,7 @@ from typing import Any
 from megallama.checkpoint.distributed.store import load_checkpoint
 from megallama.checkpoint.format.boxes import build_boxes
 from megallama.checkpoint.format.integrity import intact_checkpoint, latest_checkpoint
-from megallama.checkpoint.format.model_identity import model_differences, model_facts
+from megallama.checkpoint.format.model_identity import model_differences, model_identity
 from megallama.checkpoint.format.protocol import read_manifest, step_name
 from megallama.config.same_model import WITHOUT_WEIGHTS
 from megallama.config.schema import RunConfig
@@ -53,12 +53,12 @@ def start_run(
     return TrainState()
 
 
-def layout_facts(config: RunConfig, topology: Topology) -> dict[str, Any]:
+def describe_layout(config: RunConfig, topology: Topology) -> dict[str, Any]:
     """How the run that writes a checkpoint is cut: for people, a load needs none of it."""
     grid = topology.grid
-    facts = {"ranks": topology.world_size, "dp": grid.dp, "tp": grid.tp, "pp": grid.pp, "cp": grid.cp}
+    sizes = {"ranks": topology.world_size, "dp": grid.dp, "tp": grid.tp, "pp": grid.pp, "cp": grid.cp}
     return {
-        **facts,
+        **sizes,
         "vp": config.parallel.vp,
         "zero": config.zero.stage,
         "dtype": config.precision.dtype.value,
@@ -77,7 +77,7 @@ def _resume(
     load_checkpoint(
         path,
         tensors=build_boxes(engine.fragments(), engine.layout),
-        model=model_facts(config.model),
+        model=model_identity(config.model),
         group=group,
     )
     engine.restore(counters)
@@ -88,7 +88,7 @@ def _resume(
 def _take_weights(config: RunConfig, topology: Topology, *, engine: Engine, source: Path) -> None:
     group, path = topology.host_group, source
     tensors = build_boxes(engine.fragments(), engine.layout)
-    model = model_facts(config.model)
+    model = model_identity(config.model)
     if Ranks(group).first(lambda: is_hugging_face_source(source)):
         there = load_hugging_face(source, tensors=tensors, model=config.model, group=group)
     else:

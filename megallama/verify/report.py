@@ -29,22 +29,28 @@ class LayoutResult:
     seconds: float
 
 
-def header(*, name: str, steps: int, dtype: str) -> str:
+def name_width(layouts: Sequence[Layout]) -> int:
+    """Width of the table's first column: that of the longest name."""
+    return max(len("layout"), *(len(layout.name) for layout in layouts))
+
+
+def header(*, name: str, steps: int, dtype: str, width: int) -> str:
     """Title and head of the table."""
     return (
         f"{name}: {steps} steps in {dtype}, each layout against one process (relative errors)\n"
-        f"{'layout':<40} {'ranks':>5} {'loss':>8} {'norm':>8} {'gradient':>8} {'weights':>8}  verdict"
+        f"{'layout':<{width}} {'ranks':>5} {'loss':>8} {'norm':>8} {'gradient':>8} {'weights':>8}  verdict"
     )
 
 
-def row(result: LayoutResult) -> str:
+def row(result: LayoutResult, *, width: int) -> str:
     """One line, and one more with the cause where it differs."""
     cells = [
         f"{result.errors[q]:8.1e}" if q in result.errors else f"{'-':>8}"
         for q in (LOSS, GRAD_NORM, GRADIENT, PARAMETER)
     ]
     verdict = "equal" if result.is_equal else "DIFFERS" if result.errors else "FAILED"
-    text = f"{result.layout.name:<40} {result.world_size:>5} {' '.join(cells)}  {verdict} ({result.seconds:.0f} s)"
+    begin = f"{result.layout.name:<{width}} {result.world_size:>5} {' '.join(cells)}"
+    text = f"{begin}  {verdict} ({result.seconds:.0f} s)"
     if not result.is_equal:
         for kind, key in result.worst.items():
             text += f"\n    worst {kind}: {key}"

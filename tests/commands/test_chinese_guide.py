@@ -31,7 +31,7 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_guide_do_what_it_says(tmp_path):
     for name in ("launch", "conf", "docs"):

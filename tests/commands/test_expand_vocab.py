@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megallama.checkpoint.format.model_identity import model_of_facts
+from megallama.checkpoint.format.model_identity import model_of_identity
 from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.cli import main
 from megallama.config.load import load_config
@@ -176,7 +176,7 @@ def test_the_checkpoint_says_what_it_is(ground):
     reader = CheckpointReader(path, verify="first")
     assert (reader.step, reader.kinds) == (0, ["fp32"])
     assert reader.state == {"expanded": {"old_vocab_size": OLD, "step": 6, "init": "mean"}}
-    assert model_of_facts(reader.model, name="x", max_seq_len=32).vocab_size == ground.new_size
+    assert model_of_identity(reader.model, name="x", max_seq_len=32).vocab_size == ground.new_size
 
 
 def continued(ground, name, world_size, *extra):

@@ -10,7 +10,7 @@ from tests.support.jobs import metrics
 from tests.support.places import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_demo_goes_from_text_to_text(tmp_path, monkeypatch, capfd):
     spec = importlib.util.spec_from_file_location("demo", ROOT / "launch" / "demo.py")
@@ -38,6 +38,7 @@ def test_the_demo_goes_from_text_to_text(tmp_path, monkeypatch, capfd):
     run = tmp_path / "runs" / "demo"
     assert [line["progress/step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "[and 1 folders]" in shown and shown.count("json") < 4
     assert demo.PROMPT in shown and "guessing by frequency alone: " in shown
     assert "validation perplexity " in shown and "megallama check +exp=llama2_7b --world-size 64" in shown
     assert os.listdir(run / "checkpoints") == ["step-00000004"]

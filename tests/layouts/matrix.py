@@ -18,7 +18,7 @@ from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.host.ranks import start_forkserver
 from megallama.verify.layouts import Layout, legal_layouts
-from megallama.verify.report import header, row, summary
+from megallama.verify.report import header, name_width, row, summary
 from megallama.verify.verify import verify
 
 FURTHER = {
@@ -134,11 +134,12 @@ def main() -> int:
         layouts = part_of_matrix(layouts, at_least=options.at_least)
     start_forkserver()
     print(f"{len(layouts)} layouts")
-    print(header(name="matrix", steps=options.steps, dtype=options.dtype))
+    width = name_width(layouts)
+    print(header(name="matrix", steps=options.steps, dtype=options.dtype, width=width))
     results = []
     for result in verify(base(), layouts, steps=options.steps, dtype=options.dtype):
         results.append(result)
-        print(row(result), flush=True)
+        print(row(result, width=width), flush=True)
     print(summary(results))
     return 0 if all(result.is_equal for result in results) else 1
 

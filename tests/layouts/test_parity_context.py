@@ -5,6 +5,8 @@ import pytest
 from megallama.kernels.attention import core as attention
 from tests.support.jobs import run_job, worst_relative
 
+pytestmark = pytest.mark.long
+
 TOLERANCE = 1e-6
 KINDS = ("all_gather", "ring", "ulysses")
 

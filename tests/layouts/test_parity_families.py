@@ -4,6 +4,8 @@ import pytest
 
 from tests.support.jobs import run_job, worst_relative
 
+pytestmark = pytest.mark.long
+
 TOLERANCE = 1e-6
 
 QWEN2 = ["model.qkv_bias=true", "model.tie_embeddings=true"]

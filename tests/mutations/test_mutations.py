@@ -20,7 +20,7 @@ LAYOUTS = parse_layouts(
 )
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megallama.checkpoint.format.integrity import intact_checkpoint
-from megallama.checkpoint.format.model_identity import model_facts
+from megallama.checkpoint.format.model_identity import model_identity
 from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.checkpoint.offline.writer import CheckpointWriter
 from megallama.config.load import load_config
@@ -186,7 +186,7 @@ def test_relative_paths_start_where_the_command_was_typed(tmp_path: Path) -> Non
 def test_settings_that_mean_the_same_are_no_difference() -> None:
     from megallama.checkpoint.format.model_identity import model_differences
 
-    facts = model_facts(load_config(arguments(Path("."), run_name="x")).model)
+    facts = model_identity(load_config(arguments(Path("."), run_name="x")).model)
     explicit = {**facts, "head_dim": 16, "num_kv_heads": 2}
     older = {key: value for key, value in explicit.items() if key not in ("rope_theta", "tie_embeddings")}
     assert facts["head_dim"] is None and model_differences(facts, explicit) == []
@@ -206,11 +206,11 @@ def test_settings_that_mean_the_same_are_no_difference() -> None:
 
 
 def test_facts_of_a_model_come_back() -> None:
-    from megallama.checkpoint.format.model_identity import model_of_facts
+    from megallama.checkpoint.format.model_identity import model_of_identity
 
     model = load_config(arguments(Path("."), run_name="x")).model
-    facts = model_facts(model)
-    again = model_of_facts(facts, name=model.name, max_seq_len=model.max_seq_len)
-    assert model_facts(again) == facts and again == model
+    facts = model_identity(model)
+    again = model_of_identity(facts, name=model.name, max_seq_len=model.max_seq_len)
+    assert model_identity(again) == facts and again == model
     with pytest.raises(Exception, match="model is not of this version .*model.depth"):
-        model_of_facts({**facts, "depth": 3}, name="x", max_seq_len=8)
+        model_of_identity({**facts, "depth": 3}, name="x", max_seq_len=8)

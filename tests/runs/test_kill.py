@@ -191,7 +191,7 @@ def test_a_second_ctrl_c_ends_at_once_and_costs_no_checkpoint(tmp_path: Path) ->
     assert resumes(tmp_path / "asked") == [2] and len(losses(tmp_path / "asked")) == 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("world_size", "layout", "count"),
     [(1, [], 30), (2, ["zero.stage=2", "precision.dtype=bf16"], 20)],

@@ -118,7 +118,7 @@ def kill_all(process):
     process.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_nine_and_the_same_command_again(tmp_path):
     arguments = overrides(tmp_path, "train.steps=200", "checkpoint.interval=2", run_name="killed")
     process = torchrun(arguments)
@@ -146,7 +146,7 @@ def train_until(arguments, step):
     train(arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_saves_and_ends_cleanly(tmp_path):
     arguments = overrides(tmp_path, "train.steps=500", run_name="asked")
     process = torchrun(arguments)

@@ -99,25 +99,9 @@ class Cluster:
         )
 
 
-def require_slurm() -> None:
-    """Have Slurm's programs on this machine, through apt-get if they are missing and this is root.
-
-    Raises:
-        RuntimeError: they are missing and cannot be installed, with the command to type.
-    """
-    missing = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
-    if not missing:
-        return
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise RuntimeError(
-            f"Slurm is not installed (missing: {', '.join(missing)}): run `{' '.join(install)}` as root"
-        )
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update"], install):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"`{' '.join(command)}` failed ({done.returncode}):\n{done.stderr[-2000:]}")
+def missing_packages() -> list[str]:
+    """Debian packages of Slurm that this machine lacks; `make slurm` installs them."""
+    return sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
 
 
 @contextmanager
@@ -127,7 +111,6 @@ def two_nodes() -> Iterator[Cluster]:
     Raises:
         RuntimeError: a daemon ended early or a node did not come up; with the daemons' logs.
     """
-    require_slurm()
     # Not pytest's tmp_path: the path of a Unix socket may have 107 bytes only.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)

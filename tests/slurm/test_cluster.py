@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import NODES, Cluster, two_nodes
+from tests.slurm.cluster import NODES, Cluster, missing_packages, two_nodes
 from tests.support.jobs import metrics, overrides, run_job, worst_relative
 
 REPOSITORY = Path(__file__).parents[2]
@@ -15,7 +15,13 @@ TIMEOUT_S = 110.0
 BARE = ["data.validation=[]", "data.tokenizer=null", "optim.schedule=constant", "optim.warmup_steps=0"]
 """What of +exp=demo would not fit the small run of `tests.support.jobs`."""
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        bool(missing_packages()),
+        reason=f"Slurm is not installed ({', '.join(missing_packages())} missing): run make slurm, as root",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

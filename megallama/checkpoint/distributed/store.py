@@ -31,7 +31,7 @@ from megallama.checkpoint.format.protocol import (
 from megallama.checkpoint.format.record import (
     ALIGNMENT_BYTES,
     JSON,
-    Manifest,
+    CheckpointManifest,
     TensorRecord,
     damage_at,
     plain_json,
@@ -69,7 +69,7 @@ def save_checkpoint(
             tensors, or another fault of the program.
     """
     ranks = Ranks(group)
-    facts = ranks.first(lambda: (plain_json(model, what="model"), plain_json(state, what="state")))
+    described = ranks.first(lambda: (plain_json(model, what="model"), plain_json(state, what="state")))
     needed = sum(ranks.gather(_bytes_to_write(tensors)))
     ranks.first(lambda: _check_space(directory, needed))
     temporary = ranks.first(lambda: start_temporary(directory, step=step))
@@ -81,7 +81,7 @@ def save_checkpoint(
             ranks,
         )
         files = {name: record for part in ranks.gather(writer.files) for name, record in part.items()}
-        manifest = Manifest(step, *facts, files)
+        manifest = CheckpointManifest(step, *described, files)
         ranks.first(lambda: write_manifest(temporary, manifest))
         path = ranks.first(lambda: publish(temporary, step=step))
     except BaseException:
@@ -107,7 +107,7 @@ def load_checkpoint(
 
     The layout of the saving run does not matter. Contents are not digested: `latest_checkpoint` does that.
     Only tensors of one `kind` (`fp32`) are filled if it is given; the checkpoint may then lack the others.
-    Facts of `model` in `may_differ` are not compared.
+    Keys of `model` in `may_differ` are not compared.
 
     Raises:
         UserError: the checkpoint is of another model (with the differing keys), or cannot be read.
@@ -131,7 +131,7 @@ def load_checkpoint(
 
 def _open(
     path: Path, model: Mapping[str, JSON], *, may_differ: Collection[str], with_sizes: bool
-) -> tuple[Manifest, dict[str, TensorRecord]]:
+) -> tuple[CheckpointManifest, dict[str, TensorRecord]]:
     with damage_at(path):
         manifest = read_manifest(path)
         if with_sizes:

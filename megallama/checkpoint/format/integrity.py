@@ -18,7 +18,7 @@ from megallama.checkpoint.format.protocol import (
     read_manifest,
     step_name,
 )
-from megallama.checkpoint.format.record import INDEX_FILE, Manifest
+from megallama.checkpoint.format.record import INDEX_FILE, CheckpointManifest
 from megallama.host.errors import DamagedError, UserError
 from megallama.topology.agreement import Ranks
 
@@ -136,7 +136,7 @@ def problems_of_share(path: Path, *, rank: int, size: int) -> list[str]:
     return problems
 
 
-def _share(manifest: Manifest, *, rank: int, size: int) -> list[str]:
+def _share(manifest: CheckpointManifest, *, rank: int, size: int) -> list[str]:
     """Data files that this rank reads: dealt out by size, so that the shares are about equal."""
     load = [0] * size
     mine = []

@@ -12,22 +12,22 @@ from megallama.config.typed import Problems, build, plain
 from megallama.host.errors import UserError
 
 
-def model_facts(model: ModelConfig) -> dict[str, JSON]:
+def model_identity(model: ModelConfig) -> dict[str, JSON]:
     """Settings of `model` that must agree for a checkpoint to be of it, as plain JSON."""
     settings: dict[str, JSON] = plain(model)
     return {key: value for key, value in settings.items() if key not in NOT_OF_THE_SHAPE}
 
 
-def model_of_facts(facts: Mapping[str, JSON], *, name: str, max_seq_len: int) -> ModelConfig:
-    """The model of a checkpoint: inverse of `model_facts`, with two settings that are no facts.
+def model_of_identity(identity: Mapping[str, JSON], *, name: str, max_seq_len: int) -> ModelConfig:
+    """The model of a checkpoint: inverse of `model_identity`, with the two settings that it leaves out.
 
     Raises:
-        UserError: the facts are not of this version.
+        UserError: the identity is not of this version.
     """
     problems = Problems()
     model = build(
         ModelConfig,
-        {**facts, "name": name, "max_seq_len": max_seq_len},
+        {**identity, "name": name, "max_seq_len": max_seq_len},
         problems=problems,
         key="model",
         origin="the checkpoint",

@@ -16,8 +16,8 @@ from megallama.checkpoint.format.disk import fsync_directory, read_file, write_f
 from megallama.checkpoint.format.record import (
     INDEX_FILE,
     MANIFEST_FILE,
+    CheckpointManifest,
     FileRecord,
-    Manifest,
     TensorRecord,
     decode_index,
     decode_manifest,
@@ -57,7 +57,7 @@ def find_checkpoints(directory: Path) -> list[int]:
     return sorted(steps)
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> CheckpointManifest:
     """The manifest of the checkpoint at `path`.
 
     Raises:
@@ -73,7 +73,7 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def read_index(path: Path, manifest: Manifest) -> dict[str, TensorRecord]:
+def read_index(path: Path, manifest: CheckpointManifest) -> dict[str, TensorRecord]:
     """The index of the checkpoint at `path`, checked against its manifest.
 
     Raises:
@@ -90,7 +90,7 @@ def read_index(path: Path, manifest: Manifest) -> dict[str, TensorRecord]:
     return decode_index(raw, files=manifest.files)
 
 
-def size_problems(path: Path, manifest: Manifest) -> list[str]:
+def size_problems(path: Path, manifest: CheckpointManifest) -> list[str]:
     """Files of the checkpoint that are missing, of another kind or size. Reads no file."""
     problems = []
     for name, record in sorted(manifest.files.items()):
@@ -102,14 +102,14 @@ def size_problems(path: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def check_sizes(path: Path, manifest: Manifest) -> None:
+def check_sizes(path: Path, manifest: CheckpointManifest) -> None:
     """Raise DamagedError where `size_problems` finds any."""
     problems = size_problems(path, manifest)
     if problems:
         raise DamagedError("; ".join(problems))
 
 
-def extra_files(path: Path, manifest: Manifest) -> list[str]:
+def extra_files(path: Path, manifest: CheckpointManifest) -> list[str]:
     """Names in the checkpoint's directory that are not part of it."""
     return sorted({file.name for file in path.iterdir()} - manifest.files.keys() - {MANIFEST_FILE})
 
@@ -134,7 +134,7 @@ def put_back_replaced(directory: Path) -> None:
             os.replace(path, directory / match[1])
 
 
-def write_manifest(temporary: Path, manifest: Manifest) -> FileRecord:
+def write_manifest(temporary: Path, manifest: CheckpointManifest) -> FileRecord:
     """Writes the manifest, the last file of a checkpoint, and waits for all names to be on the disk."""
     record = write_file(temporary / MANIFEST_FILE, encode_manifest(manifest))
     fsync_directory(temporary)

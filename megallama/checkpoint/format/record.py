@@ -79,7 +79,7 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """What `manifest.json` says: the checkpoint exists once this file stands in the renamed directory."""
 
     step: int
@@ -132,7 +132,7 @@ def plain_json(value: Mapping[str, JSON], *, what: str) -> dict[str, JSON]:
     return dict(copy)
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
+def encode_manifest(manifest: CheckpointManifest) -> bytes:
     """The bytes of `manifest.json`; the last entry is the digest of all bytes before it."""
     body = {
         "format": FORMAT,
@@ -150,7 +150,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return head + _checksum_entry(head, ALGORITHMS[VERSION])
 
 
-def decode_manifest(raw: bytes) -> Manifest:
+def decode_manifest(raw: bytes) -> CheckpointManifest:
     """The manifest in `raw`.
 
     Raises:
@@ -178,7 +178,7 @@ def decode_manifest(raw: bytes) -> Manifest:
         _damaged(f"{INDEX_FILE} is not listed")
     if not _is_count(body.get("step")):
         _damaged("step is malformed")
-    return Manifest(body["step"], _mapping(body, "model"), _mapping(body, "state"), files)
+    return CheckpointManifest(body["step"], _mapping(body, "model"), _mapping(body, "state"), files)
 
 
 def _checksum_entry(head: bytes, algorithm: str) -> bytes:

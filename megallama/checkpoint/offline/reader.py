@@ -54,7 +54,7 @@ class CheckpointReader:
 
     @property
     def model(self) -> dict[str, JSON]:
-        """Facts of the model (`model_facts`)."""
+        """The model's identity (`model_identity`)."""
         return self._manifest.model
 
     @property

@@ -73,7 +73,7 @@ def summarize(path: Path) -> Summary:
 
 
 def layout_text(layout: Any) -> str:
-    """`layout_facts` of a checkpoint on one line: "4 ranks dp2 tp2 zero1 bf16"; empty if there are none."""
+    """`describe_layout` of a checkpoint on one line: "4 ranks dp2 tp2 zero1 bf16"; empty if there are none."""
     if not isinstance(layout, dict):
         return ""
     axes = [f"{axis}{layout[axis]}" for axis in _AXES if layout.get(axis, 1) != 1]

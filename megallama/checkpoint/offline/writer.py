@@ -19,8 +19,8 @@ from megallama.checkpoint.format.record import (
     INDEX_FILE,
     JSON,
     BoxRecord,
+    CheckpointManifest,
     FileRecord,
-    Manifest,
     TensorRecord,
     data_file,
     encode_index,
@@ -35,7 +35,7 @@ FILE_BYTES = 4 * 1024**3
 class CheckpointWriter:
     """The checkpoint `<parent>/step-<step>`, in the format that training writes, complete or absent.
 
-        with CheckpointWriter(parent, step=0, model=facts, state={}) as writer:
+        with CheckpointWriter(parent, step=0, model=identity, state={}) as writer:
             writer.write("fp32/decoder.final_layernorm.weight", tensor)
         writer.path  # exists from here on
 
@@ -45,8 +45,8 @@ class CheckpointWriter:
     Args:
         parent: Directory of checkpoints (`RUN/checkpoints`); made if absent.
         step: Completed optimizer steps; 0 for weights from elsewhere.
-        model: `model_facts` of the model.
-        state: What else belongs to it; `{}` or free facts for weights alone (no key `progress`).
+        model: `model_identity` of the model.
+        state: What else belongs to it; `{}` or anything of the kind for weights alone (no key `progress`).
         size_bytes: Bytes of all tensors where known: a disk that is too full is then told before anything is written.
 
     Raises:
@@ -132,7 +132,7 @@ class CheckpointWriter:
         with writing(temporary, needed_bytes=self._size_bytes):
             self._close_file()
             self._files[INDEX_FILE] = write_file(temporary / INDEX_FILE, encode_index(tensors))
-            write_manifest(temporary, Manifest(self._step, self._model, self._state, self._files))
+            write_manifest(temporary, CheckpointManifest(self._step, self._model, self._state, self._files))
             publish(temporary, step=self._step)
 
     def _open_file(self) -> tuple[int, DataFile]:

@@ -42,7 +42,7 @@ class Attention:
         """Output [L, B, N, D].
 
         Args:
-            q_LBND: Queries of this rank's shard, zigzag as `context_layout.spans` says.
+            q_LBND: Queries of this rank's shard, zigzag as `zigzag.stretches` says.
             k_LBKD: Its keys.
             v_LBKD: Its values.
             scale: Factor of the scores.

@@ -1,4 +1,4 @@
-"""Execution of a plan: kernel calls over its segments, partial results merged by log-sum-exp.
+"""Execution of a plan: kernel calls over its rectangles, partial results merged by log-sum-exp.
 
 Shapes: S local positions, B sequences, N query heads, K key/value heads, T positions of the given keys, D head
 width; U tokens of a pack. Everything here is sequence-first, as megatron-core is; kernels see [B, N, S, D] views.
@@ -40,7 +40,7 @@ class Partial:
 
 
 class GradientSums:
-    """Gradients of local queries and of given keys and values, summed over segments in fp32 at least."""
+    """Gradients of local queries and of given keys and values, summed over rectangles in fp32 at least."""
 
     def __init__(self, q_SBND: torch.Tensor, k_TBKD: torch.Tensor, *, is_disjoint: bool) -> None:
         wide = torch.promote_types(q_SBND.dtype, torch.float32)
@@ -69,7 +69,7 @@ def run_forward(
     q, k, v = (_heads_first(t) for t in (q_SBND, k_TBKD, v_TBKD))
     out_BNSD, lse_BNS = _heads_first(partial.out_SBND), partial.lse_SBN.permute(1, 2, 0)
     saved = []
-    for at in plan.segments:
+    for at in plan.rectangles:
         out, lse, kept = kernel.forward(
             q[at.rows, :, at.q],
             k[at.rows, :, at.k],
@@ -111,7 +111,7 @@ def run_backward(
     grad, q, k, v, out = (_heads_first(t) for t in (grad_SBND, q_SBND, k_TBKD, v_TBKD, out_SBND))
     lse = lse_SBN.permute(1, 2, 0)
     dq, dk, dv = (_heads_first(t) for t in (sums.dq_SBND, *sums.dkv_2TBKD))
-    for at, kept in zip(plan.segments, saved, strict=False):
+    for at, kept in zip(plan.rectangles, saved, strict=False):
         queries, keys = (at.rows, slice(None), at.q), (at.rows, slice(None), at.k)
         more = kernel.backward(
             *(grad[queries], q[queries], k[keys], v[keys], out[queries], lse[queries], kept),
@@ -122,7 +122,7 @@ def run_backward(
             total[place] += part
     flat = [t.flatten(0, 1) for t in (grad_SBND, q_SBND, k_TBKD, v_TBKD, out_SBND, lse_SBN)]
     totals = [t.flatten(0, 1) for t in (sums.dq_SBND, *sums.dkv_2TBKD)]
-    for pack, kept in zip(plan.packs, saved[len(plan.segments) :], strict=True):
+    for pack, kept in zip(plan.packs, saved[len(plan.rectangles) :], strict=True):
         more = _pack_backward(pack, *flat, kept=kept, kernel=kernel, scale=scale)
         indices = (pack.q_index, pack.k_index, pack.k_index)
         for total, index, part in zip(totals, indices, more, strict=True):

@@ -239,7 +239,7 @@ class CudaEfficient:
 
 
 class Reference:
-    """The formulas with the matrix of one segment in memory, on every device; oracle of the others."""
+    """The formulas with the matrix of one rectangle in memory, on every device; oracle of the others."""
 
     is_varlen = False
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-from megallama.kernels.attention.zigzag import Span, spans
+from megallama.kernels.attention.zigzag import Stretch, stretches
 
 DocumentStarts = tuple[tuple[int, ...], ...]
 """For every sequence of a micro-batch the positions, in the whole sequence, at which a document starts; first 0."""
@@ -26,7 +26,7 @@ MIN_PACKED_LENGTH = 16
 
 
 @dataclass(frozen=True)
-class Segment:
+class Rectangle:
     """Queries and keys that meet, in positions of the local query block and of the given key block."""
 
     rows: slice
@@ -59,7 +59,7 @@ class Pack:
 class Plan:
     """All of one attention pass over one key block."""
 
-    segments: tuple[Segment, ...]
+    rectangles: tuple[Rectangle, ...]
     packs: tuple[Pack, ...]
     is_disjoint: bool
     """No query and no key occurs twice, so nothing has to be merged or summed."""
@@ -67,7 +67,7 @@ class Plan:
     @property
     def is_one_square(self) -> bool:
         """One causal call over all there is."""
-        return self.is_disjoint and not self.packs and len(self.segments) == 1
+        return self.is_disjoint and not self.packs and len(self.rectangles) == 1
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Block:
 @lru_cache(maxsize=64)
 def plan_whole_keys(block: Block) -> Plan:
     """This rank's queries against the keys of the whole sequence in natural order."""
-    found: list[Segment] = []
+    found: list[Rectangle] = []
     offset = 0
-    for begin, end in spans(block.seq_len, cp_size=block.cp_size, cp_rank=block.cp_rank):
+    for begin, end in stretches(block.seq_len, cp_size=block.cp_size, cp_rank=block.cp_rank):
         found += _reach_back(block, (begin, end), (0, begin), offset, 0)
         found += _diagonal(block, (begin, end), offset, begin)
         offset += end - begin
@@ -101,9 +101,9 @@ def plan_whole_keys(block: Block) -> Plan:
 @lru_cache(maxsize=256)
 def plan_shard_keys(block: Block, source: int) -> Plan:
     """This rank's queries against the keys that rank `source` holds."""
-    found: list[Segment] = []
-    own = spans(block.seq_len, cp_size=block.cp_size, cp_rank=block.cp_rank)
-    theirs = spans(block.seq_len, cp_size=block.cp_size, cp_rank=source)
+    found: list[Rectangle] = []
+    own = stretches(block.seq_len, cp_size=block.cp_size, cp_rank=block.cp_rank)
+    theirs = stretches(block.seq_len, cp_size=block.cp_size, cp_rank=source)
     for q_offset, (begin, end) in _with_offsets(own):
         for k_offset, (key_begin, key_end) in _with_offsets(theirs):
             if key_begin == begin:
@@ -113,7 +113,7 @@ def plan_shard_keys(block: Block, source: int) -> Plan:
     return _plan(block, _join(found), is_disjoint=False)
 
 
-def _with_offsets(stretches: Sequence[Span]) -> Iterator[tuple[int, Span]]:
+def _with_offsets(stretches: Sequence[Stretch]) -> Iterator[tuple[int, Stretch]]:
     offset = 0
     for begin, end in stretches:
         yield offset, (begin, end)
@@ -129,7 +129,7 @@ def _rows(block: Block) -> list[tuple[slice, tuple[int, ...]]]:
     return [(slice(row, row + 1), starts) for row, starts in enumerate(block.documents)]
 
 
-def _diagonal(block: Block, span: Span, q_offset: int, k_offset: int) -> list[Segment]:
+def _diagonal(block: Block, span: Stretch, q_offset: int, k_offset: int) -> list[Rectangle]:
     """A chunk against itself: one causal square a document."""
     begin, end = span
     found = []
@@ -139,11 +139,11 @@ def _diagonal(block: Block, span: Span, q_offset: int, k_offset: int) -> list[Se
         for first, last in zip(cuts, cuts[1:], strict=False):
             q = slice(q_offset + first - begin, q_offset + last - begin)
             k = slice(k_offset + first - begin, k_offset + last - begin)
-            found.append(Segment(rows=rows, q=q, k=k, is_causal=True))
+            found.append(Rectangle(rows=rows, q=q, k=k, is_causal=True))
     return found
 
 
-def _reach_back(block: Block, span: Span, keys: Span, q_offset: int, k_offset: int) -> list[Segment]:
+def _reach_back(block: Block, span: Stretch, keys: Stretch, q_offset: int, k_offset: int) -> list[Rectangle]:
     """A chunk against earlier keys: the part of the document at its start that lies among them."""
     begin, end = span
     found = []
@@ -154,48 +154,48 @@ def _reach_back(block: Block, span: Span, keys: Span, q_offset: int, k_offset: i
         if first_key < keys[1]:
             q = slice(q_offset, q_offset + last - begin)
             k = slice(k_offset + first_key - keys[0], k_offset + keys[1] - keys[0])
-            found.append(Segment(rows=rows, q=q, k=k, is_causal=False))
+            found.append(Rectangle(rows=rows, q=q, k=k, is_causal=False))
     return found
 
 
-def _join(segments: Sequence[Segment]) -> list[Segment]:
+def _join(rectangles: Sequence[Rectangle]) -> list[Rectangle]:
     """Rectangles that touch along a whole side become one."""
-    joined: list[Segment] = []
-    for new in segments:
+    joined: list[Rectangle] = []
+    for new in rectangles:
         old = joined[-1] if joined else None
         if old is not None and old.rows == new.rows and not (old.is_causal or new.is_causal):
             if old.k == new.k and old.q.stop == new.q.start:
-                joined[-1] = Segment(new.rows, slice(old.q.start, new.q.stop), new.k, False)
+                joined[-1] = Rectangle(new.rows, slice(old.q.start, new.q.stop), new.k, False)
                 continue
             if old.q == new.q and old.k.stop == new.k.start:
-                joined[-1] = Segment(new.rows, new.q, slice(old.k.start, new.k.stop), False)
+                joined[-1] = Rectangle(new.rows, new.q, slice(old.k.start, new.k.stop), False)
                 continue
         joined.append(new)
     return joined
 
 
-def _plan(block: Block, found: Sequence[Segment], *, is_disjoint: bool) -> Plan:
+def _plan(block: Block, found: Sequence[Rectangle], *, is_disjoint: bool) -> Plan:
     limit = block.seq_len if block.is_packing_all else MAX_PACKED_LENGTH
-    alone: list[Segment] = []
-    by_length: dict[int, list[Segment]] = {}
-    for segment in found:
-        length = segment.q.stop - segment.q.start
-        if not segment.is_causal or length > limit:
-            alone.append(segment)
+    alone: list[Rectangle] = []
+    by_length: dict[int, list[Rectangle]] = {}
+    for rectangle in found:
+        length = rectangle.q.stop - rectangle.q.start
+        if not rectangle.is_causal or length > limit:
+            alone.append(rectangle)
             continue
         # Padded to a power of two, a document costs less than four times its own triangle.
         padded = max(MIN_PACKED_LENGTH, 1 << (length - 1).bit_length())
-        by_length.setdefault(0 if block.is_packing_all else padded, []).append(segment)
+        by_length.setdefault(0 if block.is_packing_all else padded, []).append(rectangle)
     packs = []
     for short in by_length.values():
         if len(short) == 1:
             alone += short
         else:
             packs.append(_pack(block, short))
-    return Plan(segments=tuple(alone), packs=tuple(packs), is_disjoint=is_disjoint)
+    return Plan(rectangles=tuple(alone), packs=tuple(packs), is_disjoint=is_disjoint)
 
 
-def _pack(block: Block, short: Sequence[Segment]) -> Pack:
+def _pack(block: Block, short: Sequence[Rectangle]) -> Pack:
     squares = [(row, s.q, s.k) for s in short for row in range(s.rows.start, s.rows.stop)]
     length = max(q.stop - q.start for _, q, _ in squares)
     q_index, k_index, slots, offsets = [], [], [], [0]

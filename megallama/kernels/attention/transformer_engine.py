@@ -2,7 +2,7 @@
 
 Every document is a sequence of its own in Transformer Engine's packed format (`thd`), so no mask exists and cuDNN or
 flash attention is chosen by the library. Its context parallelism cuts every packed document into chunks, where this
-project cuts the whole sequence (`context_layout`), so it is not used: `check` refuses it with parallel.cp > 1.
+project cuts the whole sequence (`zigzag`), so it is not used: `check` refuses it with parallel.cp > 1.
 
 Written against the interface of Transformer Engine 2.x. `tests/kernels/attention/test_transformer_engine.py` holds
 the packing against a stand-in with that interface; on a GPU it has not been run yet.

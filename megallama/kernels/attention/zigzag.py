@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import torch
 
-Span = tuple[int, int]
+Stretch = tuple[int, int]
 """Positions [first, second)."""
 
 
-def spans(seq_len: int, *, cp_size: int, cp_rank: int) -> tuple[Span, ...]:
+def stretches(seq_len: int, *, cp_size: int, cp_rank: int) -> tuple[Stretch, ...]:
     """The stretches of the whole sequence that a rank holds, in the order in which it holds them."""
     if cp_size == 1:
         return ((0, seq_len),)
@@ -28,7 +28,7 @@ def take_shard(tensor: torch.Tensor, *, dim: int, cp_size: int, cp_rank: int) ->
     """What a rank holds of `tensor`, whose dimension `dim` is the whole sequence."""
     parts = [
         tensor.narrow(dim, begin, end - begin)
-        for begin, end in spans(tensor.size(dim), cp_size=cp_size, cp_rank=cp_rank)
+        for begin, end in stretches(tensor.size(dim), cp_size=cp_size, cp_rank=cp_rank)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 

@@ -13,7 +13,7 @@ import torch
 
 from megallama.checkpoint.distributed.store import save_checkpoint
 from megallama.checkpoint.format.boxes import build_boxes
-from megallama.checkpoint.format.model_identity import model_facts
+from megallama.checkpoint.format.model_identity import model_identity
 from megallama.checkpoint.format.protocol import step_name
 from megallama.checkpoint.offline.reader import CheckpointReader
 from tests.support.jobs import overrides
@@ -87,7 +87,7 @@ class Job:
                 "engine": dict(self.engine.counters()),
                 "data": self.loader.ledger(step),
             },
-            model=model_facts(self.config.model),
+            model=model_identity(self.config.model),
             keep=0,
             group=self.topology.host_group,
         )
@@ -199,7 +199,7 @@ def test_a_ring_of_layouts_in_bf16(tmp_path: Path) -> None:
     prove_ring(Matrix(tmp_path, ["precision.dtype=bf16"], IN_BF16, tolerance=2e-3))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_all_ordered_pairs(tmp_path: Path, is_tied: bool) -> None:

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallama.kernels.attention import plan as segments
+from megallama.kernels.attention import plan as planning
 from megallama.kernels.attention.core import BACKENDS, Attention, choose_attention, masked_attention
 from megallama.kernels.attention.plan import Block, Plan, plan_shard_keys, plan_whole_keys
-from megallama.kernels.attention.zigzag import spans, take_shard, to_natural, to_shards
+from megallama.kernels.attention.zigzag import stretches, take_shard, to_natural, to_shards
 from tests.kernels.attention.attention_on_ranks import (
     KINDS,
     draw,
@@ -73,11 +73,11 @@ def test_low_precision_stays_close(dtype):
 
 
 def test_documents_beyond_the_packed_length_and_beside_short_ones():
-    limit = segments.MAX_PACKED_LENGTH
+    limit = planning.MAX_PACKED_LENGTH
     documents = ((0, 5, 9, limit + 10, limit + 11, 2 * limit),)
     tensors = draw(2, 1, seq_len=2 * limit + 40, batch=1)
     plan = plan_whole_keys(Block(documents, 1, 2 * limit + 40, 1, 0, False, torch.device("cpu")))
-    assert len(plan.segments) >= 1 and len(plan.packs) >= 1, "both ways are taken"
+    assert len(plan.rectangles) >= 1 and len(plan.packs) >= 1, "both ways are taken"
     wanted = results(masked_attention, tensors, documents=documents)
     assert worst_error(results(Attention("sdpa"), tensors, documents=documents), wanted) <= 1e-12
 
@@ -118,7 +118,7 @@ def test_shards_hold_each_position_once_and_come_back(cp_size):
 def pairs_of(plan: Plan, batch: int) -> list[tuple[int, int, int]]:
     """(row, query, key) of every score that a plan computes, padding left out."""
     pairs = []
-    for at in plan.segments:
+    for at in plan.rectangles:
         for row in range(*at.rows.indices(batch)):
             for i, q in enumerate(range(at.q.start, at.q.stop)):
                 last = at.k.start + i + 1 if at.is_causal else at.k.stop
@@ -153,7 +153,9 @@ def test_plans_compute_each_seen_pair_once_and_no_other(seeds, cp_size, is_packi
     )
 
     def positions(rank):
-        return [p for begin, end in spans(seq_len, cp_size=cp_size, cp_rank=rank) for p in range(begin, end)]
+        return [
+            p for begin, end in stretches(seq_len, cp_size=cp_size, cp_rank=rank) for p in range(begin, end)
+        ]
 
     whole, ring = [], []
     for rank in range(cp_size):
@@ -170,7 +172,7 @@ def test_plans_compute_each_seen_pair_once_and_no_other(seeds, cp_size, is_packi
 
 def test_equal_rows_and_touching_rectangles_share_calls():
     block = Block(None, 3, 64, 4, 1, False, torch.device("cpu"))
-    assert [len(plan_shard_keys(block, source).segments) for source in (0, 2, 3)] == [1, 1, 1]
+    assert [len(plan_shard_keys(block, source).rectangles) for source in (0, 2, 3)] == [1, 1, 1]
 
 
 # Context parallelism.
@@ -205,8 +207,8 @@ def test_ranks_have_equal_work(cp_size):
 def calls_and_scores(documents, seq_len):
     """Kernel calls of a pass on a CPU, and the scores that they compute, padding counted."""
     plan = plan_whole_keys(Block(documents, 1, seq_len, 1, 0, False, torch.device("cpu")))
-    squares = [(1, at.q.stop - at.q.start) for at in plan.segments]
-    assert all(at.is_causal for at in plan.segments)
+    squares = [(1, at.q.stop - at.q.start) for at in plan.rectangles]
+    assert all(at.is_causal for at in plan.rectangles)
     squares += [(pack.count, pack.length) for pack in plan.packs]
     return len(squares), sum(count * length * (length + 1) // 2 for count, length in squares)
 
@@ -220,6 +222,6 @@ def test_many_short_documents_cost_no_more_than_one_long(length):
     else:
         documents = (tuple(range(0, seq_len, length)),)
     calls, scores = calls_and_scores(documents, seq_len)
-    packs, long = 5, seq_len // segments.MAX_PACKED_LENGTH
+    packs, long = 5, seq_len // planning.MAX_PACKED_LENGTH
     assert calls <= packs + long
     assert scores <= seq_len * (seq_len + 1) // 2

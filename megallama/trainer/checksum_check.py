@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 _BYTES_BETWEEN_SIGNS = 8 << 30
 
 
-def check_data(config: RunConfig, topology: Topology) -> None:
+def check_checksums(config: RunConfig, topology: Topology) -> None:
     """That the data is what was prepared, where the configuration asks for it.
 
     Raises:
