@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -47,7 +48,12 @@ def _read_part(fd: int, box: BoxRecord, starts: Ints, target: torch.Tensor, name
     # Many short runs: reads of whole rows, then a copy within memory.
     row_bytes = steps[0] * item_bytes
     chunk = min(target.shape[0], max(1, ROWS_BYTES // row_bytes))
-    buffered = torch.empty((chunk, *box.shape[1:]), dtype=target.dtype)
+    if not target.numel():
+        return
+    # Its own mapping goes back to the system at once; of buffers from the heap, which lie between what outlives them,
+    # the allocator may keep one for every box that is read.
+    mapping = mmap.mmap(-1, chunk * row_bytes)
+    buffered = torch.frombuffer(mapping, dtype=target.dtype).view(chunk, *box.shape[1:])
     for first in range(0, target.shape[0], chunk):
         rows_wanted = target[first : first + chunk]
         rows = buffered[: rows_wanted.shape[0]]
