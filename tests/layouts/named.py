@@ -1,0 +1,93 @@
+"""Layouts that are proved equal to one process by name, beside the covering set of `matrix.py`.
+
+The covering set has every pair of settings that up to 4 ranks can have. Here stand what it cannot have (settings of one
+model alone, more ranks, uneven stages, offload) and the combinations of three in which bugs were found.
+"""
+
+from __future__ import annotations
+
+from megallama.verify.layouts import Layout, parse_layouts
+
+QWEN3 = "model.qk_norm=true,model.head_dim=24"
+BOTH = "model.qkv_bias=true,model.qk_norm=true"
+YARN = "model.rope_scaling=yarn,model.rope_scaling_factor=4,model.rope_original_max_seq_len=16"
+
+_NAMED = {
+    "sharded states": [
+        *(f"zero={zero},mbs=4" for zero in (0, 2, 3)),
+        *(f"tp=2,sp=true,dp=2,zero={zero}" for zero in range(4)),
+        *(f"tp=2,pp=2,zero={zero}" for zero in range(4)),
+        *(f"pp=2,dp=2,zero={zero}" for zero in range(4)),
+        *(f"cp=2,dp=2,zero={zero}" for zero in range(4)),
+        *(f"cp=2,cp_kind=ring,dp=2,zero={zero}" for zero in (2, 3)),
+        "zero=3,recompute=full",
+        "dp=2,zero=2,recompute=full",
+        "tp=2,sp=true,pp=2,dp=2,zero=2",
+        "tp=2,sp=true,pp=2,dp=2,ties=true,zero=3",
+    ],
+    "offload and seldom reduction": [
+        "dp=2,zero=1,zero.offload=true",
+        "dp=2,zero=2,zero.offload=true",
+        "dp=2,pp=2,ties=true,zero=2,zero.offload=true",
+        "dp=2,pp=2,vp=2,zero=2,zero.offload=true",
+        "tp=2,dp=2,pp=2,vp=2,ties=true,zero=1,zero.offload=true",
+        "dp=2,pp=2,vp=2,ties=true,zero=2,zero.accumulate_micro_batches=3",
+    ],
+    "pipelines": [
+        "pp=4",
+        "pp=4,vp=2,zero=2",
+        "pp=2,vp=2,dp=2,zero=2",
+        "pp=2,vp=2,tp=2,sp=true",
+        "pp=2,recompute=full",
+        "pp=3,layers_per_stage=[2,2,1],model.num_layers=5",
+        "pp=2,layers_per_stage=[1,4],model.num_layers=5",
+        "pp=2,vp=2,layers_per_stage=[1,2,2,1],model.num_layers=6",
+        "train.recompute_layers=2,recompute=full,model.num_layers=4",
+        "dp=2,pp=2,vp=2,zero=2,recompute=full,train.recompute_layers=1,model.num_layers=8",
+    ],
+    "tied embeddings": [
+        *(f"pp=2,ties=true,zero={zero}" for zero in range(3)),
+        *(f"dp=2,pp=2,ties=true,zero={zero}" for zero in range(3)),
+        "pp=4,ties=true",
+        "pp=2,vp=2,ties=true,zero=2",
+        "tp=2,sp=true,pp=2,ties=true,zero=2",
+        "dp=2,pp=2,vp=2,ties=true,zero=3",
+        "pp=2,ties=true,zero=3,recompute=full",
+    ],
+    "context": [
+        "cp=2,cp_kind=all_gather,recompute=selective,mbs=2",
+        "cp=2,cp_kind=ring,recompute=full,mbs=2",
+        "cp=2,cp_kind=ulysses,recompute=full,mbs=2",
+        *(f"cp=4,cp_kind={kind}" for kind in ("all_gather", "ring", "ulysses")),
+        "cp=4,cp_kind=ulysses,model.num_kv_heads=2",
+        *(f"cp=2,tp=2,sp=true,cp_kind={kind}" for kind in ("all_gather", "ring", "ulysses")),
+        "cp=2,tp=2,model.num_kv_heads=1",
+        *(f"cp=2,pp=2,cp_kind={kind}" for kind in ("all_gather", "ring", "ulysses")),
+        "cp=2,pp=4,zero=2",
+        "cp=2,tp=2,pp=2,sp=true,zero=2",
+        "cp=2,pp=2,vp=2,cp_kind=ring,ties=true",
+        "cp=2,pp=2,zero=3",
+        "data.reset_positions=true",
+        "cp=2,data.reset_positions=true,cp_kind=ring",
+        "pp=4,data.reset_positions=true,mbs=2",
+        "cp=2,kernels.attention=reference",
+    ],
+    "families": [
+        "model.qkv_bias=true,ties=true,tp=2",
+        "model.qkv_bias=true,ties=true,tp=2,sp=true,zero=2",
+        "model.qkv_bias=true,ties=true,pp=2",
+        f"{QWEN3},tp=2",
+        f"{QWEN3},tp=2,sp=true",
+        f"{QWEN3},tp=2,recompute=full",
+        f"{QWEN3},pp=2,zero=2",
+        "tp=4,model.num_kv_heads=2,sp=true",
+        f"{BOTH},tp=4,model.num_kv_heads=2,sp=true",
+        *(f"{BOTH},dp=2,zero={zero}" for zero in (1, 2, 3)),
+        f"{BOTH},tp=2,dp=2,zero=3",
+        f"{BOTH},{YARN},cp=2",
+        f"{YARN},tp=2,pp=2",
+    ],
+}
+
+NAMED: dict[str, list[Layout]] = {topic: parse_layouts(";".join(texts)) for topic, texts in _NAMED.items()}
+"""Layouts by what they are about."""

@@ -1,0 +1,31 @@
+"""Every layout computes what one process computes: the covering set of all pairs of settings, and those with a name.
+
+Loss, gradient norm, every gradient and every weight, through `megallama verify`; `make matrix` runs all layouts.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from megallama.verify.verify import verify
+from tests.layouts.matrix import base, covering
+from tests.layouts.named import NAMED
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+def differing(layouts, *, steps, dtype):
+    """Layout, errors and likely cause of each that is not equal to one process."""
+    results = list(verify(base(), layouts, steps=steps, dtype=dtype))
+    assert len(results) == len(layouts) > 0
+    return [(result.layout.name, result.errors, result.cause) for result in results if not result.is_equal]
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "bf16", pytest.param("fp32", marks=pytest.mark.long)])
+def test_the_covering_set_equals_one_process(dtype):
+    assert differing(covering(), steps=5, dtype=dtype) == []
+
+
+@pytest.mark.parametrize("topic", NAMED)
+def test_named_layouts_equal_one_process(topic):
+    assert differing(NAMED[topic], steps=3, dtype="fp64") == []
