@@ -10,6 +10,8 @@ from typing import Any, cast
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
 from megallama.prepare.token_writer import TokenWriter
 from megallama.tokenizers.interface import Tokenizer
 from megallama.tokens.token_file import TokenFile
@@ -74,10 +76,14 @@ def overrides(folder: Path, *extra: str, run_name: str = "run") -> list[str]:
 
 def train(arguments: list[str]) -> bool:
     """One rank of a run through the real entry; called in every rank."""
-    from megallama.config.load import load_config
+    return train_config(load_config(arguments))
+
+
+def train_config(config: RunConfig) -> bool:
+    """The same of a configuration that was composed once, for all ranks."""
     from megallama.train import run
 
-    return run(load_config(arguments))
+    return run(config)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -87,7 +93,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def run_job(folder: Path, world_size: int, *extra: str, run_name: str = "run") -> list[tuple[float, float]]:
     """Train on `world_size` ranks; the (loss, gradient norm) of each step."""
-    run_ranks(world_size, train, overrides(folder, *extra, run_name=run_name))
+    run_ranks(world_size, train_config, load_config(overrides(folder, *extra, run_name=run_name)))
     return [(line["train/loss"], line["train/grad_norm"]) for line in metrics(folder / run_name)]
 
 
