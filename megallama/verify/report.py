@@ -26,6 +26,8 @@ class LayoutResult:
     """Likely cause of a difference, or the error that ended the ranks; empty when equal."""
     traffic: Traffic
     """Bytes of one step, summed over the ranks."""
+    predicted_traffic: Traffic | None
+    """The same by the formulas of `plan/traffic.py`; None where there are none, or the ranks failed."""
     seconds: float
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megallama.config.schema import RunConfig
+from megallama.grid import Grid
 from megallama.host.errors import ConfigError, UserError
 from megallama.host.ranks import RankFailedError, run_ranks
+from megallama.plan.traffic import Traffic, step_traffic
 from megallama.verify.compare import GRAD_NORM, LOSS, QUANTITIES, Comparison, compare
 from megallama.verify.diagnose import Tolerances, is_equal, likely_cause
 from megallama.verify.job import GRADIENT, PARAMETER, RankReport, run_rank
@@ -177,7 +180,8 @@ class Bench:
             reports = run_ranks(world_size, job, timeout_s=RANKS_TIMEOUT_S)
         except (RankFailedError, TimeoutError) as error:
             last = str(error).strip().splitlines()[-1]
-            return LayoutResult(layout, world_size, False, {}, {}, last, {}, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            return LayoutResult(layout, world_size, False, {}, {}, last, {}, None, seconds)
         found = self._compare(reports)
         equal = is_equal(found, self._tolerances)
         return LayoutResult(
@@ -188,6 +192,7 @@ class Bench:
             worst={kind: f"{part.key} on rank {part.rank}" for kind, part in found.worst.items()},
             cause="" if equal else self._cause(found, config, layout),
             traffic=found.traffic(),
+            predicted_traffic=_predicted_traffic(config, world_size=world_size),
             seconds=time.monotonic() - started,
         )
 
@@ -230,6 +235,18 @@ class Bench:
 
     def _compare(self, reports: Sequence[RankReport]) -> Comparison:
         return compare(reports, self._reference, keys=self._reference.keys)
+
+
+def _predicted_traffic(config: RunConfig, *, world_size: int) -> Traffic | None:
+    parallel = config.parallel
+    grid = Grid.from_world_size(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp)
+    total: Counter[tuple[str, str, str]] = Counter()
+    try:
+        for rank in range(world_size):
+            total.update(step_traffic(config, grid=grid, place=grid.coordinates(rank)))
+    except UserError:
+        return None  # ZeRO 3 with stages
+    return dict(total)
 
 
 def default_layouts(config: RunConfig) -> list[Layout]:

@@ -15,9 +15,11 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def differing(layouts, *, steps, dtype):
-    """Layout, errors and likely cause of each that is not equal to one process."""
+    """Layout, errors and likely cause of each that is not equal to one process; all move the bytes of the formula."""
     results = list(verify(base(), layouts, steps=steps, dtype=dtype))
     assert len(results) == len(layouts) > 0
+    predicted = {r.layout.name: r.predicted_traffic for r in results if r.predicted_traffic is not None}
+    assert {r.layout.name: r.traffic for r in results if r.layout.name in predicted} == predicted
     return [(result.layout.name, result.errors, result.cause) for result in results if not result.is_equal]
 
 

@@ -13,7 +13,9 @@ def test_columns_stand_under_each_other():
     )
     width = name_width(layouts)
     errors = dict.fromkeys(QUANTITIES, 1e-12)
-    rows = [row(LayoutResult(layout, 2, True, errors, {}, "", {}, 1.0), width=width) for layout in layouts]
+    rows = [
+        row(LayoutResult(layout, 2, True, errors, {}, "", {}, None, 1.0), width=width) for layout in layouts
+    ]
     head = header(name="x", steps=1, dtype="fp64", width=width).splitlines()[1]
     assert len({line.index("  equal") for line in rows} | {head.index("  verdict")}) == 1
     assert all(line[width : width + 6] == "     2" for line in rows)
