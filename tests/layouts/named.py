@@ -106,6 +106,14 @@ _NAMED = {
         "tp=2,cp=2,cp_kind=ring,model.num_heads=4,model.num_kv_heads=1,model.qkv_bias=true",
         "tp=2,cp=2,cp_kind=ulysses,model.num_heads=4,model.num_kv_heads=1,recompute=selective",
     ],
+    "planted bugs, each shows in one of these or of those above": [
+        "cp=2,cp_kind=ring,zero=0",
+        "cp=2,cp_kind=ulysses",
+        "pp=2,vp=2,zero=1",
+        "pp=2,vp=2,zero=2,zero.offload=true,zero.accumulate_micro_batches=3",
+        "pp=2,zero=2,recompute=full",
+        "tp=2,model.qk_norm=true,model.qkv_bias=true",
+    ],
     "families": [
         "model.qkv_bias=true,ties=true,tp=2",
         "model.qkv_bias=true,ties=true,tp=2,sp=true,zero=2",
