@@ -1,8 +1,8 @@
 """The typed tree of every setting of a run.
 
-A run is one frozen `RunConfig`. Each field carries its unit, default and rule in the string
-below it; `docs/configuration.md` is generated from these strings, so they are the reference.
-Plain values only. Rules that need more than one field stand in `check.py`.
+A run is one frozen `RunConfig`. The string below each field states its meaning, unit and rule;
+`docs/configuration.md` is generated from these strings, so they are the reference.
+Fields hold plain values only. Rules that involve more than one field are in `check_*.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Dtype(str, Enum):
 
 
 class Schedule(str, Enum):
-    """Shape of the learning rate after warm-up."""
+    """Shape of the learning-rate curve after warm-up."""
 
     cosine = "cosine"
     linear = "linear"
@@ -59,7 +59,7 @@ class ContextKind(str, Enum):
 
 
 class Packing(str, Enum):
-    """What becomes of a document that a sequence has no room for."""
+    """What happens to a document that does not fit into the rest of a sequence."""
 
     continued = "continued"
     cut = "cut"
@@ -103,7 +103,7 @@ class WandbMode(str, Enum):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the model. `model=<name>` picks one of `conf/model/`."""
+    """Shape of the model. `model=<name>` selects a file of `conf/model/`."""
 
     name: str = MISSING
     """Name of the shape, for logs and the run folder."""
@@ -112,7 +112,7 @@ class ModelConfig:
     hidden_size: int = MISSING
     """Width of the residual stream."""
     ffn_hidden_size: int = MISSING
-    """Width of the SwiGLU hidden layer (of gate and up each)."""
+    """Width of the SwiGLU hidden layer (the gate and the up projection each have this width)."""
     num_heads: int = MISSING
     """Number of query heads."""
     num_kv_heads: int | None = None
@@ -120,202 +120,228 @@ class ModelConfig:
     head_dim: int | None = None
     """Width of one head. Null: hidden_size / num_heads."""
     vocab_size: int = MISSING
-    """Number of token ids. Must be what the tokenizer says when `data.tokenizer` is set, or up to 1% more (Qwen)."""
+    """Number of token ids. When `data.tokenizer` is set, it must equal the tokenizer's vocabulary size or exceed it by
+    at most 1% (as Qwen's models do)."""
     vocab_multiple: int = 128
-    """The embedding is padded to a multiple of this; it is part of the shape, so it never depends on tp."""
+    """The number of embedding rows is rounded up to a multiple of this. It is part of the model's shape and does not
+    depend on tp."""
     max_seq_len: int = MISSING
-    """Longest context the shape is meant for, in tokens; `train.seq_len` may not exceed it."""
+    """Longest context that the model is meant for, in tokens. `train.seq_len` must not exceed it."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling = RopeScaling.none
-    """Change of the rotary frequencies for long contexts. `dynamic` (NTK) raises the base by what `train.seq_len`
-    exceeds `rope_original_max_seq_len`, once for the whole run, and changes nothing below it."""
+    """How the rotary frequencies are scaled for long contexts. `dynamic` (NTK) raises the base according to how far
+    `train.seq_len` exceeds `rope_original_max_seq_len`. The base stays the same for the whole run, and is unchanged if
+    `train.seq_len` does not exceed that length."""
     rope_scaling_factor: float = 1.0
-    """Factor of `rope_scaling`: 8 for LLaMA 3.1, 32 for LLaMA 3.2."""
+    """Scaling factor of `rope_scaling`: 8 for LLaMA 3.1, 32 for LLaMA 3.2."""
     rope_original_max_seq_len: int = 8192
-    """Context the frequencies were made for, in tokens; used by `rope_scaling` llama3, yarn and dynamic."""
+    """Context length that the unscaled frequencies were trained for, in tokens (the original context). Used by
+    `rope_scaling` llama3, yarn and dynamic."""
     rope_low_freq_factor: float = 1.0
-    """Of `rope_scaling=llama3`: fewer turns than this in the original context: the whole factor."""
+    """For `rope_scaling=llama3`: frequencies that complete fewer than this many rotations within the original context
+    are divided by the full factor."""
     rope_high_freq_factor: float = 4.0
-    """Of `rope_scaling=llama3`: more turns than this in the original context: no change."""
+    """For `rope_scaling=llama3`: frequencies that complete more than this many rotations within the original context
+    are unchanged. Frequencies between the two limits are interpolated."""
     rope_beta_fast: float = 32.0
-    """Of `rope_scaling=yarn`: more turns than this in the original context: no change."""
+    """For `rope_scaling=yarn`: frequencies that complete more than this many rotations within the original context
+    are unchanged. Frequencies between the two limits are interpolated."""
     rope_beta_slow: float = 1.0
-    """Of `rope_scaling=yarn`: fewer turns than this in the original context: the whole factor."""
+    """For `rope_scaling=yarn`: frequencies that complete fewer than this many rotations within the original context
+    are divided by the full factor."""
     rope_attention_factor: float | None = None
-    """Of `rope_scaling=yarn`: queries and keys are scaled by this. Null: 0.1 x ln(rope_scaling_factor) + 1."""
+    """For `rope_scaling=yarn`: queries and keys are multiplied by this. Null: 0.1 x ln(rope_scaling_factor) + 1."""
     norm_eps: float = 1e-5
     """Epsilon of RMSNorm."""
     qkv_bias: bool = False
     """Add a bias to queries, keys and values (Qwen2, Qwen2.5)."""
     qk_norm: bool = False
-    """Normalise each head of queries and keys by RMSNorm before the rotation (Qwen3)."""
+    """Apply RMSNorm to each query and key head before the rotary embedding (Qwen3)."""
     tie_embeddings: bool = False
-    """Share the embedding with the output layer."""
+    """Use the embedding matrix as the weight of the output layer too."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections use init_std / sqrt(2 x num_layers)."""
     hidden_dropout: float = 0.0
-    """Dropout probability after attention and MLP. LLaMA uses none."""
+    """Dropout probability after attention and after the MLP. LLaMA uses none."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the parallel axes. dp is never set: it is world_size / (tp x pp x cp)."""
+    """Sizes of the parallel axes. The data-parallel size dp is not a setting: it is world_size / (tp x pp x cp)."""
 
     tp: int = 1
-    """Tensor-parallel size: each layer is cut over this many ranks. Keep it inside a node."""
+    """Tensor-parallel size: each layer is split across this many ranks. Keep it within a node."""
     pp: int = 1
-    """Pipeline-parallel size: number of stages."""
+    """Pipeline-parallel size: number of pipeline stages."""
     cp: int = 1
-    """Context-parallel size: each sequence is cut over this many ranks, two chunks each."""
+    """Context-parallel size: each sequence is split across this many ranks. Each rank holds two chunks of it."""
     cp_kind: ContextKind = ContextKind.all_gather
-    """How these ranks share keys and values: all_gather collects them, ring passes them round while it computes,
-    ulysses exchanges heads for positions (needs num_heads / tp a multiple of cp)."""
+    """How context-parallel ranks exchange keys and values. all_gather: each rank gathers all of them. ring: they are
+    passed from rank to rank during the computation. ulysses: ranks exchange positions for heads, so that each rank
+    has whole sequences of a part of the heads (num_heads / tp must be a multiple of cp)."""
     vp: int = 1
-    """Chunks of layers a rank (interleaved pipeline): the bubble shrinks by this, the traffic grows. Needs pp > 1."""
+    """Virtual pipeline size: chunks of layers per rank (interleaved pipeline). The pipeline bubble shrinks by this
+    factor, and the traffic between stages grows by it. Needs pp > 1."""
     layers_per_stage: list[int] = field(default_factory=list)
-    """Layers of each stage in model order, pp x vp numbers, where they are not to be equal. Empty: equally many."""
+    """Number of layers of each stage in model order, for an uneven split: a list of pp x vp numbers. Empty: every
+    stage has the same number."""
     sequence_parallel: bool = False
-    """Cut the activations between tensor-parallel regions along the sequence. Needs tp > 1."""
+    """Split the activations between tensor-parallel regions along the sequence. Needs tp > 1."""
 
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """Sharding of optimizer state, gradients and parameters over the data-parallel ranks (DeepSpeed ZeRO)."""
+    """Sharding of optimizer state, gradients and parameters across the data-parallel ranks (DeepSpeed ZeRO)."""
 
     stage: int = 1
-    """0: nothing is sharded. 1: optimizer state. 2: and gradients. 3: and parameters."""
+    """ZeRO stage. 0: nothing is sharded. 1: optimizer state is sharded. 2: gradients too. 3: parameters too."""
     accumulate_micro_batches: int = 1
-    """Micro-batches whose gradients a rank sums itself (in fp32) before stage 2 reduces them. Above 1 it divides the
-    traffic of gradients by this, and takes 4 bytes a parameter of the rank, whatever the number."""
+    """Number of micro-batches whose gradients a rank sums locally (in fp32) before stage 2 reduces them. Values above
+    1 divide the gradient traffic by this number and take 4 bytes per parameter of the rank, whatever the number."""
     offload: bool = False
-    """Keep optimizer state in CPU memory and update there, which frees device memory. Stages 1 and 2."""
+    """Keep the optimizer state in CPU memory and run the update there, which frees device memory. Stages 1 and 2
+    only."""
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Number formats. Master weights, gradient accumulation and reduction are fp32 in every case."""
+    """Number formats. Master weights, gradient accumulation and gradient reduction are always fp32."""
 
     dtype: Dtype = Dtype.bf16
-    """Format of parameters and activations. fp64 is for `megallama verify`: every sum is then fp64 too."""
+    """Format of parameters and activations. fp64 is for `megallama verify`: accumulation and reduction are then fp64
+    too."""
     initial_loss_scale: float = 65536.0
-    """First dynamic loss scale under fp16; a power of two."""
+    """Initial dynamic loss scale for fp16; a power of two."""
     loss_scale_window: int = 1000
-    """Steps without overflow after which the fp16 loss scale doubles."""
+    """Number of steps without overflow after which the fp16 loss scale is doubled."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, sizes and place of the run."""
+    """Length, batch sizes and folder of the run."""
 
     steps: int = MISSING
-    """Number of optimizer steps of the whole run."""
+    """Total number of optimizer steps."""
     seed: int = 1234
-    """Seed of initial weights, data order and dropout."""
+    """Random seed of the initial weights, the data order and dropout."""
     run_dir: str = MISSING
-    """Folder of this run: config, metrics, logs, checkpoints. An existing one is continued."""
+    """Folder of this run: configuration, metrics, logs and checkpoints. If it exists, the run in it is continued."""
     init_from: str | None = None
-    """Checkpoint, run folder (its newest intact checkpoint), or folder of a Hugging Face model, whose weights a new run
-    starts from, in any layout, at step 0 and with a fresh optimizer; `model.rope_*` and `model.norm_eps` may be others
-    than there. Not used once the run has a checkpoint of its own. Null: random weights."""
+    """Where a new run takes its initial weights from: a checkpoint, a run folder (its newest intact checkpoint), or a
+    Hugging Face model folder. The run may use any layout. It starts at step 0 with a fresh optimizer.
+    `model.rope_*` and `model.norm_eps` may differ from the source. Ignored once the run has a checkpoint of its own.
+    Null: random weights."""
     seq_len: int = MISSING
-    """Tokens of one training sequence."""
+    """Length of a training sequence in tokens."""
     micro_batch_size: int = 1
-    """Sequences of one forward pass on a data-parallel rank."""
+    """Sequences per forward pass on one data-parallel rank."""
     global_batch_size: int = MISSING
-    """Sequences of one optimizer step over the whole job."""
+    """Sequences per optimizer step, over the whole job."""
     recompute: Recompute = Recompute.none
-    """Activation recomputation: none, selective (core attention), full (every layer, or `recompute_layers`)."""
+    """Activation recomputation: none, selective (core attention only), or full (every layer, or the first
+    `recompute_layers`)."""
     recompute_layers: int | None = None
-    """Layers of each stage (of each chunk with vp > 1) that `recompute=full` recomputes, the first ones. Null: all."""
+    """How many layers of each stage (of each chunk if vp > 1) `recompute=full` recomputes, counted from the first.
+    Null: all."""
     check_invariants: bool = False
-    """Before each step, prove that copies agree over dp, cp, tp and stages, and that gradients start from zero."""
+    """Before each step, check that replicated parameters are bit-equal across dp, cp, tp and pipeline stages, and that
+    gradients start from zero."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate. Weight decay is decoupled and spares norms and biases."""
+    """AdamW and its learning rate. Weight decay is decoupled and does not apply to norms and biases."""
 
     lr: float = MISSING
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the end of the schedule as a share of `lr`."""
+    """Learning rate at the end of the schedule, as a fraction of `lr`."""
     schedule: Schedule = Schedule.cosine
-    """Shape after warm-up: cosine, linear, wsd (constant, then `decay_steps` of linear decay), constant."""
+    """Learning-rate curve after warm-up: cosine, linear, wsd (constant, then linear decay during the last
+    `decay_steps`), or constant."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0 to `lr`."""
+    """Number of steps of linear warm-up from 0 to `lr`."""
     decay_steps: int = 0
-    """Steps of the final decay of `schedule=wsd`."""
+    """Number of steps of the final decay with `schedule=wsd`."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of Adam's first moment."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of Adam's second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Adam's epsilon: added to the square root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings."""
+    """Decoupled weight decay, applied to matrices and embeddings."""
     clip: float = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
+    """Gradients are clipped to this global norm; 0 switches clipping off."""
     partial_steps: int = 0
-    """Steps at the beginning of the run that train `partial_parameters` and the rows from `partial_rows_from` on, and
-    nothing else: all other weights stay as they are, to the bit, and weight decay rests. Then everything is trained."""
+    """Number of steps at the beginning of the run that train only `partial_parameters` and the rows from
+    `partial_rows_from` on. All other weights stay bit-identical, and no weight decay is applied. After these steps
+    everything is trained."""
     partial_parameters: list[str] = field(default_factory=list)
-    """Canonical names of parameters (docs/checkpoint-format.md), `*` for any part: [embedding.*, output_layer.*]."""
+    """Canonical names of the parameters to train (docs/checkpoint-format.md); `*` matches any part of a name. Example:
+    [embedding.*, output_layer.*]."""
     partial_rows_from: int | None = None
-    """First token id whose rows of embedding and output layer are trained: the old vocabulary's size after
-    `megallama expand-vocab`."""
+    """First token id whose rows of the embedding and the output layer are trained. After `megallama expand-vocab` this
+    is the size of the old vocabulary."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One prepared dataset."""
+    """One data source: a prepared dataset and its share of the mix."""
 
     path: str = MISSING
-    """Prefix of a `.bin`/`.idx` pair as `megallama prepare` (or Megatron) writes it."""
+    """Path prefix of a `.bin`/`.idx` pair as `megallama prepare` (or Megatron) writes it."""
     weight: float = 1.0
-    """Share of the samples, relative to the other sources. 0: none, as if it were not named."""
+    """Share of the samples, relative to the weights of the other sources. 0: the source is not used."""
     max_epochs: float | None = None
-    """Epochs after which the source leaves the mix, to which the others then keep their proportions. Null: never."""
+    """Number of epochs after which the source leaves the mix. The remaining sources keep their relative proportions.
+    Null: it never leaves."""
     validation_fraction: float = 0.0
-    """Share of the tokens, whole documents at its end, that is kept out of training and evaluated on."""
+    """Fraction of the source's tokens that is held out of training and used for validation. Whole documents are taken
+    from the end of the source."""
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """Another mix from some step on."""
+    """A mix that takes effect at a given step."""
 
     from_step: int = MISSING
-    """The first step (from 0) that takes it."""
+    """First step (counted from 0) that uses this mix."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """All sources from there on, written as in `data.sources`; a source that was there before goes on where it was."""
+    """All sources from that step on, written as in `data.sources`. A source that was used before continues where it
+    stopped."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """Training and validation data."""
 
     sources: list[SourceConfig] = field(default_factory=list)
-    """Training data: a list of `{path, weight}`; plain text stands for a path of weight 1. It may change between
-    the runs of one run folder: each source goes on where it stopped."""
+    """Training data: a list of `{path, weight}`. A plain string means that path with weight 1. The list may be changed
+    when a run is resumed: each source continues where it stopped."""
     schedule: list[MixConfig] = field(default_factory=list)
-    """Mixes that take over at later steps, in order: a list of `{from_step, sources}`."""
+    """Mixes that take effect at later steps, in order: a list of `{from_step, sources}`."""
     validation: list[SourceConfig] = field(default_factory=list)
-    """Validation data, written likewise; empty: no evaluation."""
+    """Validation data, written like `sources`. Empty: no evaluation."""
     tokenizer: str | None = None
-    """Tokenizer file; its vocabulary is checked against model and data. The run folder gets a copy."""
+    """Tokenizer file. Its vocabulary is checked against the model and the data. A copy is kept in the run folder."""
     reset_positions: bool = False
-    """Count positions from 0 in every document instead of in every sequence. Attention never crosses a document."""
+    """Restart positions at 0 in every document instead of only at the start of a sequence. Attention never crosses a
+    document boundary in either case."""
     packing: Packing = Packing.continued
-    """What becomes of a document that a sequence has no room for: continued in another sequence, or cut there, so that
-    every sequence begins with a document (the rest is not used)."""
+    """What happens to a document that does not fit into the rest of a sequence. continued: it goes on in another
+    sequence. cut: it ends with the sequence and the rest of it is not used, so that every sequence begins with a
+    document."""
     loss_on_eod: bool = True
-    """Count the loss of predicting the end-of-document token."""
+    """Include the prediction of the end-of-document token in the loss."""
     loss_after_eod: bool = True
-    """Count the loss of predicting the first token of the next document, about which the model cannot know anything."""
+    """Include the prediction of the first token of the next document in the loss. The model sees
+    nothing from which this token could be predicted."""
     verify_checksums: bool = False
-    """Before the first step of each start, read all data and compare it with its manifests' checksums. One rank reads
-    while the others wait: one core's SHA-256, 2.5 s a GB where it has no instructions for it. `megallama
-    data verify` does the same beforehand."""
+    """At each start, before the first step, read all data and compare it with the checksums of its manifests. One rank
+    reads with one core while the others wait; SHA-256 takes 2.5 s per GB on a CPU without instructions for it.
+    `megallama data verify` does the same without starting a run."""
 
     def all_sources(self) -> Iterator[SourceConfig]:
         """Every source that is named, scheduled ones and validation too."""
@@ -327,16 +353,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving."""
+    """Saving of checkpoints."""
 
     interval: int = 1000
-    """Steps between checkpoints; 0: only the final one."""
+    """Steps between checkpoints. 0: only the final one."""
     keep: int = 2
-    """Newest checkpoints that are kept; 0 keeps all."""
+    """Number of newest checkpoints that are kept. 0: all."""
     keep_every: int = 0
-    """Steps between checkpoints that are kept for good, whatever their age; a multiple of the interval. 0: none."""
+    """Steps between checkpoints that are kept permanently; a multiple of `checkpoint.interval`. 0: none."""
     async_save: bool = True
-    """Write while training goes on, from a copy in host memory; false: training stands still until all is written."""
+    """Write checkpoints in the background, from a copy in host memory. false: training waits until the checkpoint is
+    written."""
 
 
 @dataclass(frozen=True)
@@ -344,21 +371,22 @@ class EvalConfig:
     """Validation during the run."""
 
     interval: int = 0
-    """Steps between evaluations; 0: only at the end, if there is validation data."""
+    """Steps between evaluations. 0: only at the end, if there is validation data."""
     batches: int = 8
-    """Global batches of one evaluation, always the same ones."""
+    """Number of global batches per evaluation. Every evaluation uses the same ones."""
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Which implementation computes what.
+    """Which implementation (backend) is used for an operation.
 
-    `auto` takes the best that runs here and logs its choice; an explicit name that cannot run is an error.
+    `auto` selects the best one that runs on this machine and logs its choice. An explicit name that cannot run is an
+    error.
     """
 
     attention: AttentionKernel = AttentionKernel.auto
-    """Core attention: sdpa (torch's fused kernels, what auto takes), te (NVIDIA Transformer Engine, where it is
-    installed; bf16 or fp16 with parallel.cp=1), reference (the formulas)."""
+    """Core attention. sdpa: torch's fused kernels (the choice of auto). te: NVIDIA Transformer Engine, if it is
+    installed (bf16 or fp16, with parallel.cp=1). reference: plain formulas."""
     norm: NormKernel = NormKernel.auto
     """RMSNorm."""
     adam: AdamKernel = AdamKernel.auto
@@ -367,25 +395,27 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where numbers go. `metrics.jsonl` is always written."""
+    """Where metrics are written. `metrics.jsonl` is always written."""
 
     interval: int = 1
     """Steps between console lines when the output is not a terminal."""
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
     wandb: WandbMode = WandbMode.auto
-    """auto: online when WANDB_API_KEY is set, else offline in the run folder. Never asks."""
+    """Weights & Biases mode. auto: online if WANDB_API_KEY is set, else offline in the run folder. It never prompts."""
     wandb_project: str = "megallama"
-    """Weights & Biases project."""
+    """Name of the Weights & Biases project."""
     traffic: bool = False
-    """Count the bytes of every collective and send of rank 0, by group, operation and format, as `traffic/...`."""
+    """Record the bytes of every collective and send of rank 0 as metrics `traffic/...`, by group, operation and
+    format."""
     samples: bool = False
-    """Write source, epoch and place of every sample of each step to `samples.jsonl` in the run folder."""
+    """Write the source, epoch and position in the epoch of every sample of each step to `samples.jsonl` in the run
+    folder."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
