@@ -1,4 +1,4 @@
-"""Rows for new tokens in the embedding and output layer of a checkpoint, whatever layout wrote it; no process group."""
+"""Adds rows for new tokens to the embedding and output layer of a checkpoint, in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continue a prompt with a model, straight from its run folder or from an import: one process, any layout behind it."""
+"""Text generation from a run folder or an import, in one process, whatever layout the model was trained in."""
 
 from __future__ import annotations
 

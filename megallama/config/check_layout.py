@@ -1,4 +1,4 @@
-"""Rules on how a model and its batch are cut over ranks. Most divide by sizes, which must be positive."""
+"""Rules about how a model and its batch are split over ranks. Most of them divide by sizes, which must be positive."""
 
 from __future__ import annotations
 

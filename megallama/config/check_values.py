@@ -1,4 +1,4 @@
-"""Rules on one setting, or on settings of one section: ranges, finite numbers, schedules, model shape."""
+"""Rules about single settings and about settings of one section: ranges, finite numbers, schedules, model shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runs of one command line: one, or with --multirun every combination of the values that it lists."""
+"""The runs of a command line: one, or with --multirun every combination of the listed values."""
 
 from __future__ import annotations
 

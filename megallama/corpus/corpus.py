@@ -1,4 +1,4 @@
-"""Raw text: the documents of a corpus.
+"""The documents of a corpus, and its division into parts that processes can read independently.
 
 A corpus is cut into stretches, parts of a file that hold whole documents and can be read on their
 own, so that many processes can share one file: byte ranges of text and JSON lines, row groups of

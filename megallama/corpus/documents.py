@@ -1,4 +1,4 @@
-"""Documents out of bytes: JSON lines, parts of a text, whole texts; records that are none, with their place.
+"""Parses bytes into documents: JSON lines, parts of a text, whole files; damaged records are reported with their place.
 
 Imports no torch: preparation workers load it.
 """

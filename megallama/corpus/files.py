@@ -1,4 +1,4 @@
-"""The files of a corpus: which ones the user's words name, what kind they are, and opening them.
+"""The files of a corpus: which ones the given paths mean, their kinds, and opening them.
 
 Imports no torch: preparation workers load it.
 """

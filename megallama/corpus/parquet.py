@@ -1,4 +1,4 @@
-"""Documents out of Parquet files, a few rows at a time. Imports no torch: preparation workers load it."""
+"""Documents of Parquet files, a few rows at a time. Imports no torch: preparation workers load it."""
 
 from __future__ import annotations
 

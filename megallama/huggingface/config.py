@@ -1,4 +1,4 @@
-"""Between a Hugging Face `config.json` and our model configuration.
+"""Translation between a Hugging Face `config.json` and our model configuration.
 
 Every key of a `config.json` is either translated, checked, or listed here as harmless with the reason. Anything
 else is an error: a key that were dropped in silence might change what the model computes.

@@ -1,4 +1,4 @@
-"""Safetensors files of a Hugging Face model folder: read in parts, written tensor by tensor."""
+"""The safetensors files of a Hugging Face model folder: read in parts, written tensor by tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to token ids, unit of work by unit of work: what one process does of a preparation.
+"""Tokenizes one unit of a corpus: the work of a single process of a preparation.
 
 A unit is some stretches of the corpus. Its tokens go to a file of its own, which appears under its
 name when it is whole; the name is a digest of all that decides the content. So what is finished need

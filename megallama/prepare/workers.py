@@ -1,4 +1,4 @@
-"""Processes that tokenize units; they read the text and write the tokens themselves, only summaries pass between them.
+"""The worker processes of a preparation: they read text and write tokens themselves and exchange only summaries.
 
 Imports no torch, because every worker process loads this module.
 """

@@ -1,4 +1,4 @@
-"""Which sample a run takes when: the mixes of its life so far and to come, as a checkpoint records them.
+"""The history of a run's data: which mix and which sample each step takes, past and future.
 
 Samples are counted through the whole run, whatever batch sizes it had. A segment is a stretch of samples
 under one mix; it knows how far each source was used before it, so any sample is found from its own segment

@@ -1,4 +1,4 @@
-"""The history of a run's data as plain values: in checkpoints, and in the run folder for `megallama data trace`."""
+"""The history as plain values: in checkpoints, and in the run folder for `megallama data trace`."""
 
 from __future__ import annotations
 

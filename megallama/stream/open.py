@@ -1,4 +1,4 @@
-"""Opens the data of a run: its sources, what is mixed when, and what is held out for evaluation."""
+"""Opens the data of a run: its sources, the mixes and when they apply, and the validation data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A source of the blend: the token files of one dataset, one after another, or a part of them.
+"""A data source: the token files of one dataset joined in order, or a part of them.
 
 Tokens are counted through all files, so a place in a source is one number.
 """

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, from sentencepiece, Hugging Face and tiktoken files.
+"""Loads tokenizers from sentencepiece, Hugging Face and tiktoken files.
 
 Imports no torch: preparation workers and the login node load it in a moment.
 """

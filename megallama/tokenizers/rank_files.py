@@ -1,4 +1,4 @@
-"""tiktoken's rank files, as LLaMA 3 and Qwen are published: a line for each token, its bytes in base64 and its rank.
+"""tiktoken's rank files, as LLaMA 3 and Qwen publish them: per token its bytes in base64 and its rank.
 
 A rank file says neither how text is cut before the merges nor which special tokens there are. Both follow from the
 number of ranks for the families below; a file `tiktoken.json` beside the ranks says them for any other.

@@ -1,4 +1,4 @@
-"""Training of a sentencepiece tokenizer on a seeded sample of a corpus."""
+"""Trains a sentencepiece tokenizer on a seeded sample of a corpus."""
 
 from __future__ import annotations
 

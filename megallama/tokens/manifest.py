@@ -1,4 +1,4 @@
-"""Prepared token files seen from outside: manifest and cheap checks, without torch or megatron-core.
+"""Manifests of token files and quick checks of the files, without torch or megatron-core.
 
 A prepared dataset is `<prefix>.bin` (token ids), `<prefix>.idx` (megatron-core's index: magic, version,
 dtype code, counts, then length and byte pointer of each sequence, then the first sequence of each

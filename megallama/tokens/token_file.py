@@ -1,4 +1,4 @@
-"""An opened token file: documents of token ids, memory-mapped, index and tokens.
+"""An opened token file: memory-mapped tokens and index, read by document.
 
 Nothing is copied or computed when it is opened: the index of a billion tokens stays on the disk, where
 each document's place is one number. What is read is checked, since only a look at it can tell damage.

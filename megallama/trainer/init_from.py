@@ -1,4 +1,4 @@
-"""Weights to start from: what `train.init_from` may name, and what is wrong with it."""
+"""`train.init_from`: which paths it accepts, and what is wrong with a given one."""
 
 from __future__ import annotations
 

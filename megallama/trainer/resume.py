@@ -1,4 +1,4 @@
-"""Where a run begins: at its own newest intact checkpoint, from the weights of another, or anew."""
+"""Starts a run: from its newest intact checkpoint, from the weights of another run, or from scratch."""
 
 from __future__ import annotations
 

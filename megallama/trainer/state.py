@@ -1,4 +1,4 @@
-"""What a resume needs, and nothing else."""
+"""The state of the loop that a resume needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A copy of what this rank writes, in host memory, so that training may go on while it is written."""
+"""The copy of a rank's state in host memory from which a background save writes."""
 
 from __future__ import annotations
 

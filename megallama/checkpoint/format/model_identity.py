@@ -1,4 +1,4 @@
-"""What of a model decides whether a checkpoint is of it."""
+"""The identity of a model: the settings that must agree for a checkpoint to be loaded."""
 
 from __future__ import annotations
 

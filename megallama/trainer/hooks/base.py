@@ -1,4 +1,4 @@
-"""What happens around a step. A hook sees the progress and the numbers of the step, never its mechanics."""
+"""The hook interface and the general hooks: evaluation, loss guard, checkpoints, stop requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns finished steps into metrics."""
+"""The hook that turns each finished step into metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples each step took, in a file of the run folder."""
+"""The hook that writes the samples of each step to a file of the run folder."""
 
 from __future__ import annotations
 
