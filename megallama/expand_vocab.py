@@ -120,7 +120,7 @@ def _own_tokenizer(source: Path) -> Path:
         if found is not None:
             return found
     raise UserError(
-        f"no tokenizer lies beside {source}: name the tokenizer of the checkpoint with --old-tokenizer"
+        f"there is no tokenizer beside {source}: name the tokenizer of the checkpoint with --old-tokenizer"
     )
 
 

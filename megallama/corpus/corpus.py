@@ -64,7 +64,7 @@ class Reading:
         if (self.documents == "separator") != bool(self.separator):
             raise UserError(
                 f"documents ({self.documents}) and separator ({self.separator!r}) go together:"
-                " give documents=separator and the line that parts documents, or neither"
+                " give documents=separator and the line that separates documents, or neither"
             )
         if "\n" in self.separator or "\r" in self.separator:
             raise UserError(f"separator ({self.separator!r}) must be one line: give it without line ends")

@@ -153,7 +153,8 @@ def _check_size(file: CorpusFile, offset: int, size: int) -> None:
     if size > MAX_DOCUMENT_BYTES:
         raise UserError(
             f"file {file.path} has a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB (from offset {offset}),"
-            " which would not fit into memory: cut it (--documents blank_line or --separator for text), or leave it out"
+            " which would not fit into memory: split it (--documents blank_line or --separator for text),"
+            " or leave it out"
         )
 
 

@@ -314,7 +314,8 @@ def hugging_face_config(
 def _family(model: ModelConfig) -> str:
     if model.qkv_bias and model.qk_norm:
         raise UserError(
-            "model.qkv_bias with model.qk_norm (true, true) has no family in transformers: it cannot be exported"
+            "model.qkv_bias with model.qk_norm (true, true) is no model family of transformers:"
+            " the model cannot be exported"
         )
     if model.qkv_bias:
         return "qwen2"

@@ -270,7 +270,7 @@ def too_much_damage(damaged: Sequence[Damage], *, count: int, max_damaged: int) 
         return UserError(damaged[0].problem)
     return UserError(
         f"{count} damaged records, more than --max-damaged ({max_damaged}), the last one: {damaged[-1].problem};"
-        " mend them, or raise --max-damaged to leave them out"
+        " repair them, or raise --max-damaged to leave them out"
     )
 
 

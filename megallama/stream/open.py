@@ -177,8 +177,8 @@ def open_past(history: History, *, index_folder: Path) -> SourceShelf:
             source = JoinedSource(entry.path, files, first=first, end=end, content=content)
             if source.identity != entry.identity:
                 raise UserError(
-                    f"data source {entry.path} has changed since the run was trained on it: put the files of"
-                    " that time back"
+                    f"data source {entry.path} has changed since the run was trained on it: restore the files"
+                    " of that time"
                 )
             opened[entry.identity] = source
     return SourceShelf(list(opened.values()), index_folder=index_folder)

@@ -142,7 +142,7 @@ def cut_for_validation(
     cut = wanted - place.offset
     if cut == 0:
         raise UserError(
-            f"validation_fraction ({fraction}) of data source {source.name} leaves no whole document to train on:"
+            f"validation_fraction ({fraction}) of data source {source.name} leaves no document to train on:"
             " lower it, or give validation data of its own"
         )
     return (

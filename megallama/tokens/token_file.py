@@ -206,7 +206,7 @@ class TokenFile:
         size = self._maps[which].size()
         if size < self._num_bytes[which]:
             raise UserError(
-                f"{self.name}{('.bin', '.idx')[which]} has been cut short while it was in use ({size} bytes,"
+                f"{self.name}{('.bin', '.idx')[which]} was truncated while it was in use ({size} bytes,"
                 f" {self._num_bytes[which]} when it was opened): copy or prepare it again and resume the run"
             )
 

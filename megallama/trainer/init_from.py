@@ -47,7 +47,7 @@ def source_problems(path: Path, *, model: ModelConfig, own: Path) -> list[str]:
     if differences:
         return [
             f"train.init_from ({path}) holds another model ({'; '.join(differences)}):"
-            " set these values as they are there, or choose another checkpoint"
+            " set these values as the checkpoint has them, or choose another checkpoint"
         ]
     return []
 
