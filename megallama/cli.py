@@ -1,4 +1,4 @@
-"""The console command `megallama`: what is done before and after a training run."""
+"""The console command `megallama`: dispatches to the subcommands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows for new tokens in the embedding and output layer of a checkpoint, whatever layout wrote it; no process group."""
+"""Adds rows for new tokens to the embedding and output layer of a checkpoint, in one process."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _own_tokenizer(source: Path) -> Path:
         if found is not None:
             return found
     raise UserError(
-        f"no tokenizer lies beside {source}: name the tokenizer of the checkpoint with --old-tokenizer"
+        f"there is no tokenizer beside {source}: name the tokenizer of the checkpoint with --old-tokenizer"
     )
 
 

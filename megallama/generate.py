@@ -1,4 +1,4 @@
-"""Continue a prompt with a model, straight from its run folder or from an import: one process, any layout behind it."""
+"""Text generation from a run folder or an import, in one process, whatever layout the model was trained in."""
 
 from __future__ import annotations
 
@@ -54,11 +54,13 @@ class Sampling:
         """Raise UserError for values that make no sense."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(
-                f"--temperature ({self.temperature}) must be 0 or more: 0 is greedy, 1 samples as trained"
+                f"--temperature ({self.temperature}) must be 0 or more: 0 is greedy decoding,"
+                " 1 samples from the model's distribution"
             )
         if self.top_k < 0:
             raise UserError(
-                f"--top-k ({self.top_k}) must not be negative: give 0 for all tokens, or how many of the likeliest"
+                f"--top-k ({self.top_k}) must not be negative: give 0 for all tokens,"
+                " or the number of most likely tokens to keep"
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p ({self.top_p}) must be in (0, 1]: 1 keeps all tokens")

@@ -1,4 +1,4 @@
-"""Arithmetic of the rank grid: sizes to coordinates, groups, layers, micro-batches.
+"""Arithmetic of the rank grid: coordinates, groups, division of layers and micro-batches.
 
 Plain integers, no imports: a layout can be planned and checked without a process. Ranks are laid out
 as megatron-core's default order "tp-cp-ep-dp-pp": tp varies fastest, pp slowest; `topology` asserts

@@ -1,4 +1,4 @@
-"""The checks of a run with everything that they look at: files, tokenizer, run folder.
+"""The complete check of a run before it starts: configuration, files, tokenizer, run folder.
 
 No torch, so it is instant; `train.init_from` alone needs it.
 """

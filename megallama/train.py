@@ -1,4 +1,4 @@
-"""A training run, in the order in which data flows. `launch/train.py` is the command in front of it."""
+"""A training run from start to end, in the order of the data flow. `launch/train.py` is the command that calls it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megallama check`."""
+"""`megallama check`: reports what is wrong with a run without starting it."""
 
 from __future__ import annotations
 

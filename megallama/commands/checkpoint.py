@@ -1,4 +1,4 @@
-"""`megallama checkpoint`."""
+"""`megallama checkpoint`: lists, describes and verifies checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megallama data`."""
+"""`megallama data`: traces a step back to its text, and verifies prepared data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megallama expand-vocab`."""
+"""`megallama expand-vocab`: adds rows for new tokens to a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megallama export`."""
+"""`megallama export`: converts a checkpoint to a Hugging Face model folder."""
 
 from __future__ import annotations
 

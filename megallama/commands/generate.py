@@ -1,4 +1,4 @@
-"""`megallama generate`."""
+"""`megallama generate`: continues a prompt."""
 
 from __future__ import annotations
 

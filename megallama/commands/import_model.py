@@ -1,4 +1,4 @@
-"""`megallama import`."""
+"""`megallama import`: converts a Hugging Face model folder to a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share of their arguments."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megallama plot`."""
+"""`megallama plot`: plots the loss curve of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megallama prepare`."""
+"""`megallama prepare`: raw text to token files."""
 
 from __future__ import annotations
 

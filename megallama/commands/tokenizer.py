@@ -1,4 +1,4 @@
-"""`megallama tokenizer`."""
+"""`megallama tokenizer`: trains, inspects and merges tokenizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megallama verify`."""
+"""`megallama verify`: compares layouts with one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stand-ins that let DeepSpeed and megatron-core compute in fp64, where a parity test can tell a bug from rounding.
+"""Stand-ins with which DeepSpeed and megatron-core compute in fp64, where a bug can be told from rounding.
 
 Both name fp32 where they mean "the wide format": DeepSpeed 0.19.8 in its master weights, accumulation, reduction
 and norms; megatron-core 0.16 in the cross-entropy (`logits.float()`). With `precision.dtype=fp64` the modules

@@ -1,4 +1,4 @@
-"""Stand-ins that let megatron-core run on a host without CUDA. Nothing else in the project knows.
+"""Stand-ins with which megatron-core runs on a host without CUDA. Nothing else in the project knows of them.
 
 megatron-core 0.16 names CUDA in a few modules: factories with `device="cuda"`, the current device,
 synchronisation, random state. Each module below gets, in place of its global `torch`, a view of torch in

@@ -1,4 +1,4 @@
-"""Every rule that a run must keep, checked together before anything is started or written.
+"""All rules that a run must satisfy, checked together before anything is started or written.
 
 One small function a rule; each yields its messages. The user sees all of them at once.
 """

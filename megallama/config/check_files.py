@@ -1,4 +1,4 @@
-"""Rules on what lies on disk: data, tokenizer, run folder. Readers of other layers' files are passed in."""
+"""Rules about files on disk: data, tokenizer, run folder. Readers of other layers' files are passed in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules on how a model and its batch are cut over ranks. Most divide by sizes, which must be positive."""
+"""Rules about how a model and its batch are split over ranks. Most of them divide by sizes, which must be positive."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def check_layers_over_pp(config: RunConfig) -> Iterator[str]:
     parallel, layers = config.parallel, config.model.num_layers
     pp, vp, split = parallel.pp, parallel.vp, list(parallel.layers_per_stage)
     if vp > 1 and pp == 1:
-        yield f"parallel.vp ({vp}) needs parallel.pp (1) above 1: one stage has no bubble to shrink, use parallel.vp=1"
+        yield f"parallel.vp ({vp}) needs parallel.pp (1) above 1: a single stage has no bubble; use parallel.vp=1"
     elif pp * vp > layers:
         yield (
             f"model.num_layers ({layers}) must be at least parallel.pp x parallel.vp ({pp} x {vp} = {pp * vp}):"
@@ -140,7 +140,7 @@ def check_offload(config: RunConfig) -> Iterator[str]:
     if zero.offload and zero.stage not in (1, 2):
         yield (
             f"zero.offload (true) needs zero.stage ({zero.stage}) 1 or 2: stage 0 shards nothing, so every rank of a"
-            " host would hold all of the state; stage 3 is not proved with it"
+            " host would hold all of the state; stage 3 with offload has not been verified"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rules on one setting, or on settings of one section: ranges, finite numbers, schedules, model shape."""
+"""Rules about single settings and about settings of one section: ranges, finite numbers, schedules, model shape."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def check_ratios(config: RunConfig) -> Iterator[str]:
     """Shares and probabilities."""
     optim = config.optim
     if not 0 <= optim.min_lr_ratio <= 1:
-        yield f"optim.min_lr_ratio ({optim.min_lr_ratio}) must be in [0, 1]: it is a share of optim.lr"
+        yield f"optim.min_lr_ratio ({optim.min_lr_ratio}) must be in [0, 1]: it is a fraction of optim.lr"
     for name, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         if not 0 <= beta < 1:
             yield f"optim.{name} ({beta}) must be in [0, 1): usual are 0.9 for beta1 and 0.95 for beta2"
@@ -191,7 +191,7 @@ def check_heads(config: RunConfig) -> Iterator[str]:
     elif (model.head_dim or model.hidden_size // model.num_heads) % 2:
         width = model.head_dim or model.hidden_size // model.num_heads
         source = "" if model.head_dim else " = model.hidden_size / model.num_heads"
-        yield f"model.head_dim ({width}{source}) must be even: rotary embedding turns channels in pairs"
+        yield f"model.head_dim ({width}{source}) must be even: rotary embedding rotates channels in pairs"
     elif (
         model.rope_scaling is RopeScaling.dynamic
         and (model.head_dim or model.hidden_size // model.num_heads) == 2
@@ -222,7 +222,7 @@ def check_rope(config: RunConfig) -> Iterator[str]:
         yield (
             f"model.rope_original_max_seq_len ({model.rope_original_max_seq_len}) must not exceed"
             f" model.max_seq_len ({model.max_seq_len}) with model.rope_scaling={model.rope_scaling.value}:"
-            " it is the shorter context that the frequencies were made for"
+            " it is the shorter context that the unscaled frequencies were trained for"
         )
 
 
@@ -245,7 +245,7 @@ def _rope_parameters(model: ModelConfig) -> Iterator[str]:
         if getattr(model, low) >= getattr(model, high) > 0:
             yield (
                 f"model.{low} ({getattr(model, low):g}) must be below model.{high} ({getattr(model, high):g}):"
-                " they are the ends of a ramp, the usual values are"
+                " they are the two limits between which frequencies are interpolated; the usual values are"
                 f" {defaults[low]:g} and {defaults[high]:g}"
             )
 
@@ -271,12 +271,12 @@ def check_partial(config: RunConfig) -> Iterator[str]:
     is_chosen = rows is not None or bool(optim.partial_parameters)
     if optim.partial_steps > 0 and not is_chosen:
         yield (
-            f"optim.partial_steps ({optim.partial_steps}) leaves nothing to train: set optim.partial_rows_from"
+            f"optim.partial_steps ({optim.partial_steps}) would train no parameter: set optim.partial_rows_from"
             " or optim.partial_parameters"
         )
     if is_chosen and not optim.partial_steps:
         yield (
-            "optim.partial_rows_from and optim.partial_parameters do nothing with optim.partial_steps (0):"
+            "optim.partial_rows_from and optim.partial_parameters have no effect with optim.partial_steps (0):"
             " set optim.partial_steps, or leave them out"
         )
 
@@ -288,6 +288,6 @@ def check_partial_names(patterns: Iterable[str], names: Iterable[str]) -> Iterat
     if unknown:
         example = sorted(known)[len(known) // 2]
         yield (
-            f"optim.partial_parameters ({', '.join(unknown)}) names no parameter of the model: use names as"
+            f"optim.partial_parameters ({', '.join(unknown)}) matches no parameter of the model: use names such as"
             f" {example}, with * for any part of one"
         )

@@ -1,4 +1,4 @@
-"""The runs of one command line: one, or with --multirun every combination of the values that it lists."""
+"""The runs of a command line: one, or with --multirun every combination of the listed values."""
 
 from __future__ import annotations
 
@@ -41,4 +41,4 @@ def _check_folder(path: Path | None) -> None:
     if path is None or any((path / group).is_dir() for group in GROUPS):
         return
     fault = "has neither model/ nor exp/" if path.is_dir() else "is not a folder"
-    raise UserError(f"--config-dir ({path}) {fault}: give the folder in which your model/ or exp/ lies")
+    raise UserError(f"--config-dir ({path}) {fault}: give the folder that contains your model/ or exp/")

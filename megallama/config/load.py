@@ -1,4 +1,4 @@
-"""From `conf/` and a command line to one frozen `RunConfig`; to and from the `config.yaml` of a run."""
+"""Builds the frozen `RunConfig` from `conf/` and the command line; reads and writes the `config.yaml` of a run."""
 
 from __future__ import annotations
 

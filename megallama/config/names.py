@@ -1,4 +1,4 @@
-"""Every setting's dotted key, read off the schema, and the one a mistyped key was meant to be."""
+"""The dotted keys of all settings, and suggestions for a mistyped key."""
 
 from __future__ import annotations
 

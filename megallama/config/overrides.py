@@ -1,4 +1,4 @@
-"""Words of the command line (`optim.lr=1e-4 +exp=demo`), checked and brought into Hydra's form.
+"""Checks the arguments of the command line (`optim.lr=1e-4 +exp=demo`) and converts them to Hydra's form.
 
 Checking before Hydra does lets every mistake be named at once and in our own words.
 """

@@ -23,10 +23,11 @@ INTRODUCTION = """\
 
 Generated from `megallama/config/schema.py` by `make docs`; edit the strings there, not this file.
 
-A run is described by words on the command line: `section.setting=value`, a model shape with `model=<name>`
-(a file of `conf/model/`), or a complete run with `+exp=<name>` (a file of `conf/exp/`). Later words win.
-Relative paths start where the command is typed. `--cfg job` shows what a command line amounts to, and the
-run folder keeps it as `config.yaml`. Several values with `--multirun` give several runs, one after another:
+A run is configured on the command line. An argument is a setting (`section.setting=value`), a model shape
+(`model=<name>`, a file of `conf/model/`) or a complete run (`+exp=<name>`, a file of `conf/exp/`). If a setting is
+given more than once, the last value counts. Relative paths are relative to the current directory. `--cfg job` prints
+the resulting configuration; the run folder keeps it as `config.yaml`. `--multirun` with several values of a setting
+starts several runs, one after another:
 
     torchrun --nproc-per-node 8 launch/train.py +exp=llama2_7b parallel.tp=8 optim.lr=1e-4
     python launch/train.py --multirun +exp=demo optim.lr=1e-3,3e-3

@@ -1,4 +1,4 @@
-"""When two shapes are one model: their settings compared by what they mean."""
+"""Decides whether two model shapes are the same model, by comparing what their settings mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From plain values (mappings, lists, numbers, text) to the frozen dataclasses of the schema, and back.
+"""Conversion between plain values (mappings, lists, numbers, text) and the frozen dataclasses of the schema.
 
 Conversion never guesses: a value that does not have the field's type is a problem with key, value and
 expected type. All problems of a tree are collected before anything is raised.

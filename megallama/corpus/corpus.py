@@ -1,4 +1,4 @@
-"""Raw text: the documents of a corpus.
+"""The documents of a corpus, and its division into parts that processes can read independently.
 
 A corpus is cut into stretches, parts of a file that hold whole documents and can be read on their
 own, so that many processes can share one file: byte ranges of text and JSON lines, row groups of
@@ -64,7 +64,7 @@ class Reading:
         if (self.documents == "separator") != bool(self.separator):
             raise UserError(
                 f"documents ({self.documents}) and separator ({self.separator!r}) go together:"
-                " give documents=separator and the line that parts documents, or neither"
+                " give documents=separator and the line that separates documents, or neither"
             )
         if "\n" in self.separator or "\r" in self.separator:
             raise UserError(f"separator ({self.separator!r}) must be one line: give it without line ends")

@@ -1,4 +1,4 @@
-"""Compressed corpus files as streams of their content; damage is an error, never a short text."""
+"""Compressed corpus files as streams of their content; damage raises an error and never shortens the text."""
 
 from __future__ import annotations
 

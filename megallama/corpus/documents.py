@@ -1,4 +1,4 @@
-"""Documents out of bytes: JSON lines, parts of a text, whole texts; records that are none, with their place.
+"""Parses bytes into documents: JSON lines, parts of a text, whole files; damaged records are reported with their place.
 
 Imports no torch: preparation workers load it.
 """
@@ -153,7 +153,8 @@ def _check_size(file: CorpusFile, offset: int, size: int) -> None:
     if size > MAX_DOCUMENT_BYTES:
         raise UserError(
             f"file {file.path} has a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB (from offset {offset}),"
-            " which would not fit into memory: cut it (--documents blank_line or --separator for text), or leave it out"
+            " which would not fit into memory: split it (--documents blank_line or --separator for text),"
+            " or leave it out"
         )
 
 

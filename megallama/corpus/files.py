@@ -1,4 +1,4 @@
-"""The files of a corpus: which ones the user's words name, what kind they are, and opening them.
+"""The files of a corpus: which ones the given paths mean, their kinds, and opening them.
 
 Imports no torch: preparation workers load it.
 """
@@ -114,13 +114,13 @@ def check_unchanged(file: CorpusFile) -> None:
         state = os.stat(file.path)
     except OSError as error:
         raise UserError(
-            f"file {file.path} went away while it was read ({error.strerror}): put it back and run the same"
+            f"file {file.path} disappeared while it was read ({error.strerror}): put it back and run the same"
             " command again"
         ) from error
     if (state.st_size, state.st_mtime_ns) != (file.num_bytes, file.modified_ns):
         raise UserError(
             f"file {file.path} changed while it was read ({file.num_bytes} bytes, then {state.st_size}):"
-            " run the same command again when nothing writes to it any more"
+            " run the same command again when no other program writes to it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Documents out of Parquet files, a few rows at a time. Imports no torch: preparation workers load it."""
+"""Documents of Parquet files, a few rows at a time. Imports no torch: preparation workers load it."""
 
 from __future__ import annotations
 
@@ -70,15 +70,19 @@ def _document(
         text = value.as_py()
     except UnicodeDecodeError as error:
         yield Damage(
-            file.path, row, f"{file.path} row {row} is not UTF-8 ({error.reason}): mend or remove it"
+            file.path, row, f"{file.path} row {row} is not UTF-8 ({error.reason}): correct or remove it"
         )
         return
     if text is None:
         yield Damage(
-            file.path, row, f"{file.path} row {row} has no text in column {text_field!r}: mend or remove it"
+            file.path,
+            row,
+            f"{file.path} row {row} has no text in column {text_field!r}: correct or remove it",
         )
     elif surrogate_place(text) is not None:
-        yield Damage(file.path, row, f"{file.path} row {row} holds half a surrogate pair: mend or remove it")
+        yield Damage(
+            file.path, row, f"{file.path} row {row} holds half a surrogate pair: correct or remove it"
+        )
     elif text:
         yield Document(text=text, key=f"{file.relative}:{row - 1}", place=row - 1)
 
@@ -92,4 +96,6 @@ def _open(stream: IO[bytes], file: CorpusFile) -> pyarrow.parquet.ParquetFile:
 
 def _damaged(file: CorpusFile, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"file {file.path} is no sound Parquet ({reason}): copy it again or leave it out")
+    return UserError(
+        f"file {file.path} is not a valid Parquet file ({reason}): copy it again or leave it out"
+    )

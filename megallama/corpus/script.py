@@ -1,4 +1,4 @@
-"""Writing systems: which one a character belongs to, and which language a text is most likely in, by its letters.
+"""The writing system of a character, and the likely language of a text judged by its letters.
 
 By script, not by vocabulary: it tells Chinese, Japanese, Korean, Russian, Arabic ... apart at the speed of a lookup,
 and calls everything in Latin letters `latin`.

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) in the best form that runs here."""
+"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): selects the best implementation for this machine."""
 
 from __future__ import annotations
 

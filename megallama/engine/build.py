@@ -1,4 +1,4 @@
-"""The seam between the loop and everything parallel: `train_step`, `eval_step`, and a checkpoint's state."""
+"""The engine: the interface between the loop and all parallelism (`train_step`, `eval_step`, state for checkpoints)."""
 
 from __future__ import annotations
 

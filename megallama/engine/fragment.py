@@ -1,4 +1,4 @@
-"""What one rank owns of a parameter's optimizer state."""
+"""The part of a parameter's optimizer state that one rank owns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold before each step on all ranks: copies are bit-equal, gradients start from zero.
+"""Checks before each step that replicas are bit-equal on all ranks and that gradients start from zero.
 
 Each tensor becomes two 64-bit numbers, and one small all-reduce a group compares all of them; names and ranks are
 gathered only where something differs.

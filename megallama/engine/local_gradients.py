@@ -1,4 +1,4 @@
-"""ZeRO 2 that reduces gradients once for several micro-batches: until then this rank sums them itself, in fp32.
+"""ZeRO 2 with gradients reduced once for several micro-batches: each rank sums them locally in fp32 until then.
 
 DeepSpeed 0.19.8 reduces at every backward under ZeRO 2, as it keeps no gradient of another rank. Its own way to put
 that off (`coalesce_grad_reduction`) wants to own the micro-batches, refuses pipelines, and sums in the parameters'

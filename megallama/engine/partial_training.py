@@ -1,4 +1,4 @@
-"""The first steps of a run may train a part of the weights only: new rows of a grown vocabulary, chosen parameters.
+"""Training of a part of the weights during the first steps: rows of new tokens, or chosen parameters.
 
 Gradients of all else become zero where autograd hands them over, before ZeRO sums, clips or shards anything: so every
 layout and stage sees the same gradient, and the norm that clips is that of the trained part. Adam leaves a weight with

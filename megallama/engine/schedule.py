@@ -1,4 +1,4 @@
-"""megatron-core's forward-backward schedules over one stage: 1F1B for several stages, plain for one."""
+"""Runs megatron-core's forward-backward schedules: 1F1B or interleaved for several stages, plain for one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Master weights and Adam moments inside DeepSpeed's flat buffers, as ranges of the local parameters.
+"""The master weights and Adam moments in DeepSpeed's flat buffers, as ranges of the local parameters.
 
 DeepSpeed's own `_hp_mapping` is not used: it is wrong with `round_robin_gradients`, and for parameter groups
 after the first it never learns of the moments (0.19.8). The ranges follow from the flat buffers, and

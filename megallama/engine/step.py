@@ -1,4 +1,4 @@
-"""What a step takes and gives."""
+"""The input and the result of a step: `MicroBatch`, `StepResult`, `EvalResult`."""
 
 from __future__ import annotations
 

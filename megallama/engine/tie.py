@@ -1,4 +1,4 @@
-"""Tied embeddings of a pipeline: one weight, used on its first and on its last stage.
+"""Tied embeddings in a pipeline: one weight that is used on the first and on the last stage.
 
 The first stage owns the weight (see `model/chunks.py`). Summing both gradients inside the backward would
 deadlock: the last stage would wait for the first stage's backward of the same micro-batch. So the last stage

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: shown as one message, without a traceback, with exit code 2."""
+"""Errors that the user can correct: shown as one message without a traceback, with exit code 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the launcher tells this process. The only reader of `os.environ` in the package."""
+"""What the launcher passes to this process. The only reader of `os.environ` in the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One log file a rank; warnings of rank 0 also on stderr."""
+"""Logging: one file per rank, and warnings of rank 0 also on stderr."""
 
 from __future__ import annotations
 

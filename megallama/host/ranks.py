@@ -1,4 +1,4 @@
-"""Processes of this machine as the ranks of a job, without torchrun: for `megallama verify` and the tests.
+"""Runs the ranks of a job as local processes, without torchrun: for `megallama verify` and the tests.
 
 They are forked from a server that has imported the heavy packages once, so a rank starts at once.
 """

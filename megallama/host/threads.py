@@ -1,4 +1,4 @@
-"""Threads that libraries start on their own. Imports no torch."""
+"""Limits the threads that libraries start on their own. Imports no torch."""
 
 from __future__ import annotations
 

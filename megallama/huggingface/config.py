@@ -1,4 +1,4 @@
-"""Between a Hugging Face `config.json` and our model configuration.
+"""Translation between a Hugging Face `config.json` and our model configuration.
 
 Every key of a `config.json` is either translated, checked, or listed here as harmless with the reason. Anything
 else is an error: a key that were dropped in silence might change what the model computes.
@@ -314,7 +314,8 @@ def hugging_face_config(
 def _family(model: ModelConfig) -> str:
     if model.qkv_bias and model.qk_norm:
         raise UserError(
-            "model.qkv_bias with model.qk_norm (true, true) has no family in transformers: it cannot be exported"
+            "model.qkv_bias with model.qk_norm (true, true) is no model family of transformers:"
+            " the model cannot be exported"
         )
     if model.qkv_bias:
         return "qwen2"

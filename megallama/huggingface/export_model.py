@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face model folder: no process group, one block of rows in memory at a time."""
+"""Exports a checkpoint as a Hugging Face model folder: no process group, one block of rows in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder as a checkpoint to train from, one block of rows in memory at a time."""
+"""Imports a Hugging Face model folder as a checkpoint to train from, one block of rows in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What import and export share: a folder that appears whole or not at all, and the files beside the weights."""
+"""Shared by import and export: a folder that appears only when complete, and the files beside the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face's tensors and ours: each canonical tensor is made of whole rows of Hugging Face's.
+"""The correspondence of tensors: each canonical tensor consists of whole rows of Hugging Face's tensors.
 
 Query, key and value of a key/value head lie side by side in our fused matrix; the embedding has more rows than
 the vocabulary. Columns never differ, and both sides rotate the halves of a head, so rows only change places.

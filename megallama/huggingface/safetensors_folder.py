@@ -1,4 +1,4 @@
-"""Safetensors files of a Hugging Face model folder: read in parts, written tensor by tensor."""
+"""The safetensors files of a Hugging Face model folder: read in parts, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -122,9 +122,9 @@ def _files_of(folder: Path) -> dict[str, list[str]]:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         raise UserError(
-            f"{folder} holds pickled weights ({_some(pickles)}) and no {SINGLE_FILE}: they are not read, as unpickling"
-            " runs whatever code the file names; download the safetensors form of the model, or load it in"
-            " transformers in a place you trust and save it with save_pretrained"
+            f"{folder} holds pickled weights ({_some(pickles)}) and no {SINGLE_FILE}: they are not read,"
+            " because unpickling can run any code; download the safetensors form of the model, or load it in"
+            " transformers in an environment you trust and save it with save_pretrained"
         )
     raise UserError(
         f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: give the folder of a Hugging Face model"

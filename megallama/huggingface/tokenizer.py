@@ -1,4 +1,4 @@
-"""What transformers must know of a tokenizer beside its file: its class, its begin and end tokens, its prefix."""
+"""What transformers needs beside a tokenizer's file: its class, its begin and end tokens, its prefix."""
 
 from __future__ import annotations
 

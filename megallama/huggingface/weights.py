@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder, seen as canonical tensors: any part of one, of which only that is read."""
+"""The weights of a Hugging Face folder as canonical tensors, of which only the requested parts are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run on the console: one live line on a terminal, plain lines elsewhere.
+"""Console output of a run: one live line on a terminal, plain lines elsewhere.
 
 Speed and MFU are smoothed here, for the eye; every sink gets the numbers as they were measured.
 """

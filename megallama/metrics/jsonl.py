@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, the record that everything else can be redrawn from.
+"""metrics.jsonl: one JSON object per step; everything else can be redrawn from it.
 
 JSON has no infinity and no NaN. Such a value is written as null, and the object gets a further key
 `nonfinite` that says which it was: {"train/grad_norm": null, "nonfinite": {"train/grad_norm": "inf"}}.

@@ -1,4 +1,4 @@
-"""From the numbers of a step to the metrics of a run, by the keys that every sink shares."""
+"""Computes the metrics of a run from the numbers of a step, with the keys that all sinks share."""
 
 from __future__ import annotations
 

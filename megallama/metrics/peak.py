@@ -1,4 +1,4 @@
-"""Peak dense matrix throughput of a device, the denominator of MFU."""
+"""Peak dense matrix throughput of devices: the denominator of MFU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bar for work outside of training that is measured in bytes, such as tokenizing a corpus."""
+"""A progress bar in bytes for work outside of training, such as tokenizing a corpus."""
 
 from __future__ import annotations
 

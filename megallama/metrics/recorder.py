@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a recorder hands each step to every sink. Only global rank 0 has one."""
+"""Passes the metrics of each step to every sink. Only global rank 0 has a recorder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard events of a run."""
+"""The TensorBoard sink."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes that this rank moves through torch.distributed, by group, operation and number format.
+"""Measures the bytes that this rank moves through torch.distributed, by group, operation and number format.
 
 Every collective and send of torch, megatron-core and DeepSpeed ends in a method of `ProcessGroup`, however it
 was imported; these methods are wrapped while a meter runs, and untouched otherwise.

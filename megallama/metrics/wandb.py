@@ -1,4 +1,4 @@
-"""Weights & Biases, which must never stop, slow or question a run."""
+"""The Weights & Biases sink, which never stops, slows or prompts a run."""
 
 from __future__ import annotations
 

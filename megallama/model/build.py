@@ -1,4 +1,4 @@
-"""From a model configuration to this rank's pipeline stage: megatron-core's GPTModel with our kernels and weights."""
+"""Builds this rank's pipeline stage: megatron-core's GPTModel with our modules and initial weights."""
 
 from __future__ import annotations
 

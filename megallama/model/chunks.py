@@ -1,4 +1,4 @@
-"""The chunks of layers that one rank holds, as one module, and the embedding that two stages share.
+"""The layer chunks of one rank as one module, and the embedding that two stages share.
 
 With tied embeddings and several stages, the first stage owns the weight: only it stands in a module, so only it
 is sharded, updated and saved. The last stage's output layer computes with a copy that is no parameter. Its

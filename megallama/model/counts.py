@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model shape, from its configuration alone: no torch, so that planning is instant.
+"""Parameters and FLOPs of a model shape, computed from its configuration alone, without torch.
 
 Conventions. A multiply-add is 2 FLOPs. Only matrix products are counted; norms, activations, softmax and the
 embedding look-up are not (well below 1% of them). Backward costs twice forward. Recomputed activations

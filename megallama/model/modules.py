@@ -1,4 +1,4 @@
-"""The modules that take the place of megatron-core's defaults in the layer spec.
+"""The modules that replace megatron-core's defaults in the layer spec.
 
 Shapes: S positions, B micro-batch, N local query heads, K local key/value heads, D head width, H hidden width.
 megatron-core is sequence-first.

@@ -1,4 +1,4 @@
-"""Where documents lie in the sequences of a micro-batch, on its way from the loader to attention and rope.
+"""Where the documents lie in the sequences of a micro-batch, as attention and rope receive it.
 
 megatron-core hands `packed_seq_params` to every layer and keeps it for recomputation, which happens when other
 micro-batches have passed since. Its format stays "sbhd": with "thd" it would drop the batch dimension and expect

@@ -1,4 +1,4 @@
-"""Rotary frequencies (Su et al. 2021, arXiv:2104.09864) and their changes for long contexts."""
+"""Rotary frequencies (Su et al. 2021, arXiv:2104.09864) and their scaling for long contexts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes that a rank moves in one step, by formula: the arithmetic behind docs/parallelism.md.
+"""Predicts the bytes that a rank moves in one step: the formulas of docs/parallelism.md.
 
 A call counts with its larger buffer: what all_gather gives, what reduce_scatter takes, what all_reduce, broadcast
 and send are given. On a ring of n ranks an all_reduce moves 2 (n - 1) / n of that over the wire, all_gather and

@@ -1,4 +1,4 @@
-"""Text to token ids, unit of work by unit of work: what one process does of a preparation.
+"""Tokenizes one unit of a corpus: the work of a single process of a preparation.
 
 A unit is some stretches of the corpus. Its tokens go to a file of its own, which appears under its
 name when it is whole; the name is a digest of all that decides the content. So what is finished need
@@ -270,7 +270,7 @@ def too_much_damage(damaged: Sequence[Damage], *, count: int, max_damaged: int) 
         return UserError(damaged[0].problem)
     return UserError(
         f"{count} damaged records, more than --max-damaged ({max_damaged}), the last one: {damaged[-1].problem};"
-        " mend them, or raise --max-damaged to leave them out"
+        " repair them, or raise --max-damaged to leave them out"
     )
 
 

@@ -1,4 +1,4 @@
-"""The output folder of a preparation: locked while it is written, and changed at once at the end."""
+"""The output folder of a preparation: locked while it is written, and replaced only at the end."""
 
 from __future__ import annotations
 

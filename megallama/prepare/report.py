@@ -1,4 +1,4 @@
-"""What a preparation tells: on its end, and in files beside the tokens."""
+"""The report of a preparation: printed at its end, and in files beside the tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparation: raw text to megatron-core's `.bin`/`.idx`, split into training and validation data."""
+"""The preparation as a whole: raw text to `.bin`/`.idx`, split into training and validation data."""
 
 from __future__ import annotations
 

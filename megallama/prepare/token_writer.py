@@ -1,4 +1,4 @@
-"""Finished units joined to token files: training and validation, cut into shards."""
+"""Joins the tokens of finished units into token files: training and validation, divided into shards."""
 
 from __future__ import annotations
 

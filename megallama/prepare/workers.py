@@ -1,4 +1,4 @@
-"""Processes that tokenize units; they read the text and write the tokens themselves, only summaries pass between them.
+"""The worker processes of a preparation: they read text and write tokens themselves and exchange only summaries.
 
 Imports no torch, because every worker process loads this module.
 """
@@ -67,7 +67,7 @@ def encode_units(
     except BrokenProcessPool as error:
         raise UserError(
             f"a tokenizing process died ({workers} workers), most likely out of memory: run the same command"
-            " again with fewer workers; what is tokenized already is kept"
+            " again with fewer workers; finished work is kept"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -78,7 +78,7 @@ def writing_failed(folder: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"no space left while writing {folder}: free some (up to 7 bytes a token are needed) and run the same"
-            " command again, which goes on from here, or choose another disk"
+            " command again, which continues from here, or choose another disk"
         )
     return UserError(f"output {folder} cannot be written ({error.strerror or error}): choose another folder")
 

@@ -1,4 +1,4 @@
-"""Which source each sample comes from: exact proportions, and any place reached at once.
+"""Which source each sample comes from: exact proportions, and direct access to any sample.
 
 Within a block of `period` samples sources take turns by Tijdeman's chairman rule, which keeps each
 of them within one sample of its share after every sample (the plain largest-deficit rule does not,

@@ -1,4 +1,4 @@
-"""The loader of one rank: tokens on the first and last pipeline stage, only document starts between them."""
+"""Builds the loader of one rank. Middle pipeline stages read only document starts, no tokens."""
 
 from __future__ import annotations
 

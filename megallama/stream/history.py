@@ -1,4 +1,4 @@
-"""Which sample a run takes when: the mixes of its life so far and to come, as a checkpoint records them.
+"""The history of a run's data: which mix and which sample each step takes, past and future.
 
 Samples are counted through the whole run, whatever batch sizes it had. A segment is a stretch of samples
 under one mix; it knows how far each source was used before it, so any sample is found from its own segment
@@ -172,7 +172,7 @@ class History:
         at = bisect.bisect_right(self.segments, sample, key=lambda segment: segment.first_sample) - 1
         if at < 0:
             raise UserError(
-                f"sample {sample} is not on record (the first one is {self.segments[0].first_sample}):"
+                f"sample {sample} is not in the record (the first one is {self.segments[0].first_sample}):"
                 " an older megallama trained on it and kept no record"
             )
         return self.segments[at]
@@ -238,7 +238,7 @@ class History:
         at = bisect.bisect_right(self.paces, step, key=lambda pace: pace.first_step) - 1
         if at < 0:
             raise UserError(
-                f"step {step} is not on record (the first one is {self.paces[0].first_step}):"
+                f"step {step} is not in the record (the first one is {self.paces[0].first_step}):"
                 " an older megallama took it and kept no record"
             )
         return self.paces[at]

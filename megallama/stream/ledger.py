@@ -1,4 +1,4 @@
-"""The history of a run's data as plain values: in checkpoints, and in the run folder for `megallama data trace`."""
+"""The history as plain values: in checkpoints, and in the run folder for `megallama data trace`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_ledger(run_dir: Path) -> History:
             f"{path} does not exist: give the folder of a run (of a megallama that records its data)"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): start the run again, which writes it") from error
+        raise UserError(f"{path} cannot be read ({error}): start the run again to write it anew") from error
     return from_plain(values)
 
 
@@ -64,7 +64,7 @@ def from_plain(values: Any) -> History:
     if version != VERSION:
         raise UserError(
             f"the record of consumed data has version {version}, this megallama reads {VERSION}:"
-            " go on with the megallama that wrote it"
+            " continue with the version of megallama that wrote it"
         )
     try:
         step = values["step"]

@@ -1,6 +1,6 @@
-"""Batches of a run: the samples of a step, cut over data-parallel ranks and micro-batches.
+"""The batches of a run: the samples of a step, split over data-parallel ranks and micro-batches.
 
-A context-parallel rank takes its part of every sequence, as `kernels.context_layout` says. Only that part is
+A context-parallel rank takes its part of every sequence, as `kernels/attention/zigzag.py` says. Only that part is
 read, straight from the mapped file into the tensor that goes to the device.
 Shape suffixes: B sequences of one micro-batch, S tokens of one sequence, of which this rank holds L.
 """

@@ -1,4 +1,4 @@
-"""Which prepared data a path means: a prefix itself, a folder of `megallama prepare`, or a run folder."""
+"""Resolves a path to prepared data: a prefix, an output folder of `megallama prepare`, or a run folder."""
 
 from __future__ import annotations
 

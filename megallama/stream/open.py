@@ -1,4 +1,4 @@
-"""Opens the data of a run: its sources, what is mixed when, and what is held out for evaluation."""
+"""Opens the data of a run: its sources, the mixes and when they apply, and the validation data."""
 
 from __future__ import annotations
 
@@ -177,8 +177,8 @@ def open_past(history: History, *, index_folder: Path) -> SourceShelf:
             source = JoinedSource(entry.path, files, first=first, end=end, content=content)
             if source.identity != entry.identity:
                 raise UserError(
-                    f"data source {entry.path} has changed since the run was trained on it: put the files of"
-                    " that time back"
+                    f"data source {entry.path} has changed since the run was trained on it: restore the files"
+                    " of that time"
                 )
             opened[entry.identity] = source
     return SourceShelf(list(opened.values()), index_folder=index_folder)

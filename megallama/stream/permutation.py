@@ -1,4 +1,4 @@
-"""A seeded permutation of any size with random access: no table, so a corpus of any size costs no memory.
+"""A seeded permutation of any size with random access and without a table.
 
 A Feistel network on the cells of a rectangle just large enough, walked until it ends below `count`
 (J. Black and P. Rogaway, "Ciphers with arbitrary finite domains", 2002).

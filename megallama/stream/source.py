@@ -1,4 +1,4 @@
-"""A source of the blend: the token files of one dataset, one after another, or a part of them.
+"""A data source: the token files of one dataset joined in order, or a part of them.
 
 Tokens are counted through all files, so a place in a source is one number.
 """
@@ -142,7 +142,7 @@ def cut_for_validation(
     cut = wanted - place.offset
     if cut == 0:
         raise UserError(
-            f"validation_fraction ({fraction}) of data source {source.name} leaves no whole document to train on:"
+            f"validation_fraction ({fraction}) of data source {source.name} leaves no document to train on:"
             " lower it, or give validation data of its own"
         )
     return (

@@ -1,4 +1,4 @@
-"""The sample stream: sample i as a pure function of the run's history and i, so a run resumes from a few numbers."""
+"""The sample stream: sample i as a pure function of the run's history and i."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a step of a run back to the text it was trained on."""
+"""Traces a step of a run back to the text it was trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where windows begin when documents are cut: one number a window, in a file that ranks share.
+"""The starts of windows for `data.packing=cut`, computed once and kept in a file that ranks share.
 
 The file is worked out in one pass over the documents, in bounded memory. One process of a machine does
 it while the others wait for its lock; without locks (some network file systems) each writes its own and

@@ -1,4 +1,4 @@
-"""How many tokens a tokenizer makes of a character, for each language of a text."""
+"""Tokens per character of a tokenizer, for each language of a text."""
 
 from __future__ import annotations
 

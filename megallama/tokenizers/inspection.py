@@ -1,4 +1,4 @@
-"""What a tokenizer is made of, as lines of text."""
+"""Describes a tokenizer: ids, special tokens, types and scripts of its tokens."""
 
 from __future__ import annotations
 

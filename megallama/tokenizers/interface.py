@@ -1,4 +1,4 @@
-"""What every tokenizer can do, whatever kind of file it comes from."""
+"""The interface of every tokenizer, whatever kind of file it comes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, from sentencepiece, Hugging Face and tiktoken files.
+"""Loads tokenizers from sentencepiece, Hugging Face and tiktoken files.
 
 Imports no torch: preparation workers and the login node load it in a moment.
 """
@@ -283,7 +283,7 @@ def _special_token(path: Path, key: str, vocabulary: dict[str, int], usual: Sequ
         try:
             content: Any = json.loads(side.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{side} cannot be read ({error}): mend or remove it") from error
+            raise UserError(f"{side} cannot be read ({error}): correct or remove it") from error
         named = content.get(key) if isinstance(content, dict) else None
         if isinstance(named, dict):
             named = named.get("content")

@@ -118,7 +118,7 @@ def _check_pair(first: SentencePieceTokenizer, second: SentencePieceTokenizer) -
     suffix = [model.proto.trainer_spec.treat_whitespace_as_suffix for model in (first, second)]
     if suffix[0] != suffix[1]:
         raise UserError(
-            "one model puts the space mark before words and the other behind them"
+            "one model puts the space mark before words, the other after them"
             f" (treat_whitespace_as_suffix {suffix[0]} and {suffix[1]}): train the second like the first"
         )
 

@@ -1,4 +1,4 @@
-"""tiktoken's rank files, as LLaMA 3 and Qwen are published: a line for each token, its bytes in base64 and its rank.
+"""tiktoken's rank files, as LLaMA 3 and Qwen publish them: per token its bytes in base64 and its rank.
 
 A rank file says neither how text is cut before the merges nor which special tokens there are. Both follow from the
 number of ranks for the families below; a file `tiktoken.json` beside the ranks says them for any other.
@@ -232,7 +232,7 @@ def _described(side: Path, content: bytes, ranks: dict[bytes, int]) -> RankFamil
             normalization=described.get("normalization"),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{side} cannot be understood ({error!r}): mend or remove it") from error
+        raise UserError(f"{side} cannot be understood ({error!r}): correct or remove it") from error
     for key, name in (("eos_token", family.end), ("bos_token", family.begin)):
         if name is not None and name not in special:
             raise UserError(f"{side}: {key} ({name!r}) is not among special_tokens: mend it")

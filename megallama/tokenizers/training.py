@@ -1,4 +1,4 @@
-"""Training of a sentencepiece tokenizer on a seeded sample of a corpus."""
+"""Trains a sentencepiece tokenizer on a seeded sample of a corpus."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def _training_failed(text: str, vocab_size: int) -> UserError:
             f"vocab_size ({vocab_size}) is smaller than the {too_small[2]} characters and bytes it must hold:"
             f" use more than {too_small[2]}, or lower character_coverage"
         )
-    return UserError(f"sentencepiece refused the training ({text.strip()}): change what it names")
+    return UserError(f"sentencepiece refused to train ({text.strip()}): change what it names")
 
 
 def check_model_output(folder: str | Path, *, overwrite: bool) -> None:
@@ -216,8 +216,8 @@ def check_model_output(folder: str | Path, *, overwrite: bool) -> None:
     path = folder / SENTENCEPIECE_FILE
     if path.exists() and not overwrite:
         raise UserError(
-            f"output {folder} holds a tokenizer already ({SENTENCEPIECE_FILE}); data prepared with it fits no other:"
-            " choose another folder, or give --overwrite"
+            f"output {folder} holds a tokenizer already ({SENTENCEPIECE_FILE}); data prepared with it does not fit"
+            " another tokenizer: choose another folder, or give --overwrite"
         )
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:

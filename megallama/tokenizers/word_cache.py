@@ -1,5 +1,6 @@
-"""Sentencepiece BPE at the speed of a lookup: a text is cut where no piece reaches across, and parts that were seen
-before are not merged again. The ids are exactly those of the whole text.
+"""A cache that speeds up sentencepiece BPE: parts of a text that were tokenized before are looked up.
+
+A text is split where no piece of the vocabulary reaches across, so the ids are exactly those of the whole text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every byte of prepared files against the checksums of their manifests. Imports no torch."""
+"""Compares every byte of prepared files with the checksums of their manifests. Imports no torch."""
 
 from __future__ import annotations
 

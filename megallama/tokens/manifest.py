@@ -1,4 +1,4 @@
-"""Prepared token files seen from outside: manifest and cheap checks, without torch or megatron-core.
+"""Manifests of token files and quick checks of the files, without torch or megatron-core.
 
 A prepared dataset is `<prefix>.bin` (token ids), `<prefix>.idx` (megatron-core's index: magic, version,
 dtype code, counts, then length and byte pointer of each sequence, then the first sequence of each
@@ -133,7 +133,9 @@ def read_manifest(prefix: str | Path) -> TokenManifest | None:
     content = {"shards": 0, "parts_sha256": "", **content}  # manifests of before there were these
     wrong = [name for name, kind in kinds.items() if type(content.get(name)) is not kind]
     if wrong:
-        raise UserError(f"manifest {path} lacks or garbles {', '.join(wrong)}: {_PREPARE_AGAIN}")
+        raise UserError(
+            f"manifest {path} lacks, or has an invalid value for, {', '.join(wrong)}: {_PREPARE_AGAIN}"
+        )
     return TokenManifest(**{name: content[name] for name in kinds})
 
 

@@ -1,4 +1,4 @@
-"""Which raw file, and which place in it, each prepared document came from.
+"""The raw file, and the place in it, from which each prepared document came.
 
 Beside a token file `<prefix>.bin` stands `<prefix>.origins`: two little-endian int64 a document, the number of its
 file in `files.json` of the same folder, and its place there: the byte (of the text, where the file is compressed) or

@@ -1,4 +1,4 @@
-"""What can be said of token files without a model."""
+"""Statistics of token files that need no model."""
 
 from __future__ import annotations
 

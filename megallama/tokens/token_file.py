@@ -1,4 +1,4 @@
-"""An opened token file: documents of token ids, memory-mapped, index and tokens.
+"""An opened token file: memory-mapped tokens and index, read by document.
 
 Nothing is copied or computed when it is opened: the index of a billion tokens stays on the disk, where
 each document's place is one number. What is read is checked, since only a look at it can tell damage.
@@ -206,7 +206,7 @@ class TokenFile:
         size = self._maps[which].size()
         if size < self._num_bytes[which]:
             raise UserError(
-                f"{self.name}{('.bin', '.idx')[which]} has been cut short while it was in use ({size} bytes,"
+                f"{self.name}{('.bin', '.idx')[which]} was truncated while it was in use ({size} bytes,"
                 f" {self._num_bytes[which]} when it was opened): copy or prepare it again and resume the run"
             )
 

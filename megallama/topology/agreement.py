@@ -1,4 +1,4 @@
-"""Ranks that succeed or fail together: a failure on one rank is known to all, so that none waits for ever."""
+"""Makes ranks succeed or fail together: every rank learns of a failure, so that none waits forever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a configuration to process groups: rendezvous, megatron-core's groups, and the proof that they are ours."""
+"""Creates the process groups of a configuration with megatron-core, and asserts that they match `grid.py`."""
 
 from __future__ import annotations
 

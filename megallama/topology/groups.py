@@ -1,4 +1,4 @@
-"""The place of this rank in the job, and its process groups."""
+"""The topology: this rank's coordinates and its process groups."""
 
 from __future__ import annotations
 

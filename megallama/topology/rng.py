@@ -1,4 +1,4 @@
-"""Random streams as a pure function of (seed, step, place), so that a resumed run draws what the first would have."""
+"""Random streams as a pure function of seed, step and coordinates, so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From engine and data to a trainer that stands where its run folder says."""
+"""Builds the trainer from engine and data, at the step where the run folder stands."""
 
 from __future__ import annotations
 

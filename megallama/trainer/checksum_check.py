@@ -1,4 +1,4 @@
-"""`data.verify_checksums`: one rank reads all data before the first step, and the others hear what it found."""
+"""`data.verify_checksums`: rank 0 reads all data before the first step, and the other ranks wait for the result."""
 
 from __future__ import annotations
 

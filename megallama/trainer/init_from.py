@@ -1,4 +1,4 @@
-"""Weights to start from: what `train.init_from` may name, and what is wrong with it."""
+"""`train.init_from`: which paths it accepts, and what is wrong with a given one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def source_problems(path: Path, *, model: ModelConfig, own: Path) -> list[str]:
     if differences:
         return [
             f"train.init_from ({path}) holds another model ({'; '.join(differences)}):"
-            " set these values as they are there, or choose another checkpoint"
+            " set these values as the checkpoint has them, or choose another checkpoint"
         ]
     return []
 

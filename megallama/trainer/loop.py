@@ -1,4 +1,4 @@
-"""The training loop: steps and hooks, and nothing of parallelism. A fake engine can drive it."""
+"""The training loop: steps and hooks, nothing of parallelism, so that a fake engine can drive it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run begins: at its own newest intact checkpoint, from the weights of another, or anew."""
+"""Starts a run: from its newest intact checkpoint, from the weights of another run, or from scratch."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _take_weights(config: RunConfig, topology: Topology, *, engine: Engine, sour
 def _progress(path: Path, stored: Mapping[str, Any]) -> TrainState:
     if "progress" not in stored:
         raise UserError(
-            f"checkpoint {path} holds weights only, no run can go on from it: choose another train.run_dir, and set"
+            f"checkpoint {path} holds only weights and cannot be resumed: choose another train.run_dir, and set"
             f" train.init_from={path}"
         )
     numbers = stored["progress"]

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and what is written at its start."""
+"""The run folder: its paths, and the files written at the start of a run."""
 
 from __future__ import annotations
 

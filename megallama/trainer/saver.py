@@ -1,4 +1,4 @@
-"""When a run is saved, and what a failed save means for it."""
+"""Decides when a run is saved, and what a failed save means for it."""
 
 from __future__ import annotations
 

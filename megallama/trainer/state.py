@@ -1,4 +1,4 @@
-"""What a resume needs, and nothing else."""
+"""The state of the loop that a resume needs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrainState:
         names = set(cls.__dataclass_fields__)
         if set(numbers) != names or not all(type(value) is int and value >= 0 for value in numbers.values()):
             raise UserError(
-                f"the checkpoint's progress ({numbers}) is not of this version ({sorted(names)}):"
+                f"the checkpoint's progress ({numbers}) is not valid in this version of megallama ({sorted(names)}):"
                 " resume it with the version that wrote it"
             )
         return cls(**numbers)

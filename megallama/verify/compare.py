@@ -1,4 +1,4 @@
-"""From the reports of a layout's ranks to numbers: how far is it from one process, and where."""
+"""Compares the reports of a layout's ranks with one process: how large the differences are, and where."""
 
 from __future__ import annotations
 

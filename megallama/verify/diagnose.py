@@ -1,4 +1,4 @@
-"""The likely cause of a difference, from its pattern over tensors, ranks and steps."""
+"""The likely cause of a difference, judged by its pattern over tensors, ranks and steps."""
 
 from __future__ import annotations
 

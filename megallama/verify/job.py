@@ -1,4 +1,4 @@
-"""What one rank does to be verified: a few steps through the real composition, compared with stored tensors."""
+"""What each rank does in a verification: a few steps through the real code, compared with stored tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layouts to verify: written by the user, or all that are legal for a model on some number of ranks."""
+"""The layouts to verify: those written by the user, or all legal ones for a model and a number of ranks."""
 
 from __future__ import annotations
 

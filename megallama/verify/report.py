@@ -1,4 +1,4 @@
-"""What `megallama verify` prints."""
+"""The output of `megallama verify`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small model with the structure of a large one: what decides how a layout composes is kept, widths are not.
+"""Shrinks a model for verification: its structure is kept, its widths are not.
 
 Kept: heads per key/value head, how heads divide over tp and over ulysses' ranks, ties, rotary scaling,
 recomputation, masks, precision, kernels, optimizer, padding of the vocabulary (or none), ZeRO stage. Shrunk:

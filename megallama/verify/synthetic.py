@@ -1,4 +1,4 @@
-"""Random data to verify with, so that no corpus is needed, and a loss mask as uneven as real ones."""
+"""Random data and an uneven loss mask for verification, so that no corpus is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prove that layouts of a run compute what one process computes, on CPU ranks of this machine, in small."""
+"""Verifies that the layouts of a run compute what one process computes, on CPU ranks of this machine."""
 
 from __future__ import annotations
 

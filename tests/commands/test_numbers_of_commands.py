@@ -59,7 +59,7 @@ def test_the_message_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
             ["tokenizer", "train", "--vocab-size=400", "--documents=file", "--separator=＊"],
             "--documents file and --separator ('＊') exclude each other: give one",
         ),
-        (["tokenizer", "train", "--vocab-size=999999999999"], "sentencepiece refused the training"),
+        (["tokenizer", "train", "--vocab-size=999999999999"], "sentencepiece refused to train"),
     ],
 )
 def test_what_is_checked_later(

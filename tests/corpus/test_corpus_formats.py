@@ -208,8 +208,12 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
         r"a\.txt\.zst is damaged \(",
     ),
     "no zstd": ("a.txt.zst", lambda p: p.write_bytes(b"plain text"), r"a\.txt\.zst is damaged \("),
-    "no parquet": ("a.parquet", lambda p: p.write_bytes(b"plain text"), r"a\.parquet is no sound Parquet \("),
-    "parquet spoiled": ("a.parquet", spoiled_parquet, r"a\.parquet is no sound Parquet \("),
+    "no parquet": (
+        "a.parquet",
+        lambda p: p.write_bytes(b"plain text"),
+        r"a\.parquet is not a valid Parquet file \(",
+    ),
+    "parquet spoiled": ("a.parquet", spoiled_parquet, r"a\.parquet is not a valid Parquet file \("),
     "parquet without the column": (
         "a.parquet",
         lambda p: parquet_of(p, ["x"], name="body"),
@@ -275,7 +279,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, change: str) -> No
     else:
         path.write_bytes(GOOD[:9000])
     with pytest.raises(
-        UserError, match=r"(changed|went away) while it was read .*run the same command again"
+        UserError, match=r"(changed|disappeared) while it was read .*run the same command again"
     ):
         list(reader)
 

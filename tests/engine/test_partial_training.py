@@ -122,7 +122,7 @@ def test_weights_that_were_trained_before_stay_when_the_first_steps_are_prolonge
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["optim.partial_steps=3"], "leaves nothing to train"),
+        (["optim.partial_steps=3"], "would train no parameter"),
         (["optim.partial_rows_from=5"], "do nothing"),
         (["optim.partial_steps=3", "optim.partial_rows_from=128"], r"must be a token id .*0 to 127"),
         (["optim.partial_steps=-1", "optim.partial_rows_from=5"], "must not be negative"),

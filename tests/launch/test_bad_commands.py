@@ -63,7 +63,7 @@ CORPORA: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "Parquet that is none": (
         lambda folder: write(folder, "g.parquet", TEXT),
         [],
-        "file bad/g.parquet is no sound Parquet (",
+        "file bad/g.parquet is not a valid Parquet file (",
     ),
     "JSON without text": (
         lambda folder: write(folder, "d.jsonl", b'{"content": "a"}\n'),

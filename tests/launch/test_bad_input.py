@@ -128,7 +128,7 @@ SETTINGS: dict[str, tuple[list[str], int, str]] = {
     "nothing left to train on": (
         ["data.sources=[{path: data/短, validation_fraction: 0.99}]"],
         1,
-        "leaves no whole document to train on: lower it",
+        "leaves no document to train on: lower it",
     ),
     "end of documents unknown": (
         ["data.sources=[data/短]", "data.loss_on_eod=false"],
@@ -138,7 +138,7 @@ SETTINGS: dict[str, tuple[list[str], int, str]] = {
     "pattern without a parameter": (
         ["optim.partial_steps=2", "optim.partial_parameters=[decoder.layers.0.*,embeding.*]"],
         1,
-        "optim.partial_parameters (embeding.*) names no parameter of the model: use names as decoder.layers.",
+        "optim.partial_parameters (embeding.*) matches no parameter of the model: use names such as decoder.layers.",
     ),
     "folder of token files": (["data.sources=[data]"], 1, "give the prefix of a pair in it, as "),
     "misspelt key of a source": (

@@ -136,10 +136,10 @@ def rewrite_state(path: Path, change: Callable[[dict[str, object]], object]) -> 
 
 
 LIES: dict[str, tuple[Callable[[dict[str, object]], object], str]] = {
-    "no progress": (lambda state: state.pop("progress"), "holds weights only"),
+    "no progress": (lambda state: state.pop("progress"), "holds only weights"),
     "progress of another kind": (lambda state: state.update(progress=[1]), "progress in "),
-    "negative count": (lambda state: state["progress"].update(step=-1), "is not of this version"),  # type: ignore[attr-defined]
-    "text for a count": (lambda state: state["progress"].update(step="4"), "is not of this version"),  # type: ignore[attr-defined]
+    "negative count": (lambda state: state["progress"].update(step=-1), "is not valid in this version"),  # type: ignore[attr-defined]
+    "text for a count": (lambda state: state["progress"].update(step="4"), "is not valid in this version"),  # type: ignore[attr-defined]
     "another step": (lambda state: state["progress"].update(step=3), "is of another step"),  # type: ignore[attr-defined]
     "no engine": (lambda state: state.pop("engine"), "engine's state in "),
     "engine of another kind": (lambda state: state.update(engine={"adam_step": "x"}), "engine's state in "),

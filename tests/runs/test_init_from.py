@@ -102,7 +102,7 @@ def test_a_run_with_checkpoints_goes_on_from_these(
 
 
 def test_weights_alone_cannot_be_resumed(trained: Path) -> None:
-    with pytest.raises(AssertionError, match="UserError: checkpoint .* holds weights only.*train.init_from="):
+    with pytest.raises(AssertionError, match="UserError: checkpoint .* holds only weights.*train.init_from="):
         run_ranks(1, train, overrides(trained, "model.tie_embeddings=true", run_name="weights"))
 
 
@@ -212,5 +212,5 @@ def test_facts_of_a_model_come_back() -> None:
     facts = model_identity(model)
     again = model_of_identity(facts, name=model.name, max_seq_len=model.max_seq_len)
     assert model_identity(again) == facts and again == model
-    with pytest.raises(Exception, match="model is not of this version .*model.depth"):
+    with pytest.raises(Exception, match="model is not valid in this version .*model.depth"):
         model_of_identity({**facts, "depth": 3}, name="x", max_seq_len=8)

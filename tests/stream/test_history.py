@@ -268,7 +268,7 @@ def test_a_run_of_an_older_megallama_begins_new_epochs_and_says_what_is_not_know
     history = History(paces=(Pace(50, 200, 4),))
     history = history.continued(50, global_batch_size=4, plan=[(0, begin(source("a")).segments[0].mix)])
     assert history.samples(50) == range(200, 204) and drawn_of(history, 200)[2:] == (0, 0)
-    with pytest.raises(UserError, match="step 49 is not on record"):
+    with pytest.raises(UserError, match="step 49 is not in the record"):
         history.samples(49)
-    with pytest.raises(UserError, match="sample 199 is not on record"):
+    with pytest.raises(UserError, match="sample 199 is not in the record"):
         history.segment(199)

@@ -105,9 +105,7 @@ def test_whole_documents_at_the_end_are_held_out(tmp_path: Path, fraction: float
     files = files_of(tmp_path, [[3, 4], [5, 4, 4]])
     train, validation = cut_for_validation(JoinedSource("a", files), files, fraction)
     assert (train.span, validation.span) == ((0, kept), (kept, 20))
-    with pytest.raises(
-        UserError, match=r"validation_fraction \(0.9\) of data source a leaves no whole document"
-    ):
+    with pytest.raises(UserError, match=r"validation_fraction \(0.9\) of data source a leaves no document"):
         cut_for_validation(JoinedSource("a", files), files, 0.9)
 
 

@@ -75,7 +75,7 @@ IDX, BIN, JSON = ".idx", ".bin", ".json"
         (JSON, lambda p: change_manifest(p, version=2), "version 2"),
         (JSON, lambda p: change_manifest(p, tokens=5), "tokens: [0-9]+, not 5"),
         (JSON, lambda p: change_manifest(p, documents=41), "documents: 40, not 41"),
-        (JSON, lambda p: change_manifest(p, eod_id="2"), "garbles eod_id"),
+        (JSON, lambda p: change_manifest(p, eod_id="2"), "has an invalid value for, eod_id"),
     ],
 )
 def test_each_damage_is_named(

@@ -51,9 +51,7 @@ def test_a_file_cut_short_while_it_is_in_use_is_named(prefix: Path, suffix: str)
         path = f"{prefix}{suffix}"
         size = os.path.getsize(path)
         os.truncate(path, 100)
-        message = (
-            rf"文{suffix} has been cut short while it was in use \(100 bytes, {size} when it was opened\)"
-        )
+        message = rf"文{suffix} was truncated while it was in use \(100 bytes, {size} when it was opened\)"
         with pytest.raises(UserError, match=message):
             if suffix == ".bin":
                 list(source.views(8000, 100))

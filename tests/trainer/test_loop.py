@@ -128,5 +128,5 @@ def test_a_stop_request_saves_and_ends():
 def test_state_survives_json_and_refuses_strangers():
     state = TrainState(step=3, consumed_samples=12, consumed_tokens=96)
     assert TrainState.from_json(state.to_json()) == state
-    with pytest.raises(UserError, match="not of this version"):
+    with pytest.raises(UserError, match="not valid in this version"):
         TrainState.from_json({"step": 1})

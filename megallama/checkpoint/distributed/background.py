@@ -1,4 +1,4 @@
-"""Saves while training goes on: a copy of the state, and a thread that writes it."""
+"""Saves in the background: a copy of the state, and a thread that writes it while training continues."""
 
 from __future__ import annotations
 

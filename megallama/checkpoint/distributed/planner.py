@@ -1,4 +1,4 @@
-"""What torch.distributed.checkpoint moves: our boxes, through its planner interfaces.
+"""The boxes of this rank as save and load plans of torch.distributed.checkpoint.
 
 torch (2.13) checks neither that a checkpoint covers what is asked for nor, with one rank, that a save
 covers the tensors; both are checked here.

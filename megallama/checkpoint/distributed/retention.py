@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the newest few, every so many steps one for good, and always one that was read back."""
+"""Which checkpoints are kept: the newest ones, multiples of `checkpoint.keep_every`, and one that was read back."""
 
 from __future__ import annotations
 

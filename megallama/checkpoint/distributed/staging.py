@@ -1,4 +1,4 @@
-"""A copy of what this rank writes, in host memory, so that training may go on while it is written."""
+"""The copy of a rank's state in host memory from which a background save writes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Staging:
             self._memory = torch.zeros(needed, dtype=torch.uint8)
         except RuntimeError as error:
             raise UserError(
-                f"host memory for background saves ({needed} bytes on this rank) is not there: set"
+                f"host memory for background saves ({needed} bytes on this rank) cannot be allocated: set"
                 " checkpoint.async_save=false, or let more ranks share the optimizer state"
             ) from error
         if any(_is_on_gpu(view) for view in views):

@@ -1,4 +1,4 @@
-"""How torch.distributed.checkpoint reaches the disk: raw data files of each rank and a JSON index.
+"""The storage reader and writer of torch.distributed.checkpoint: raw data files per rank and a JSON index.
 
 torch's own file storage is not used: its metadata is a pickle, and its reader loads every stored box
 whole. Here a reader fetches only the byte ranges that it needs.

@@ -1,4 +1,4 @@
-"""Saving and loading: the directory protocol round torch.distributed.checkpoint and our boxes."""
+"""Saving and loading of a checkpoint by all ranks: the directory protocol around torch.distributed.checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes: what one rank holds of the canonical tensors, as views of its own memory.
+"""Boxes: the parts of canonical tensors that one rank holds, as views of its own memory.
 
 ZeRO gives a rank flat ranges of flattened local parameters; the model layout says which canonical box a
 range of a local parameter is. Where the two meet, a few n-dimensional boxes of canonical tensors remain.

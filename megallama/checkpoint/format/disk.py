@@ -1,4 +1,4 @@
-"""Reading and writing of single files: durable, with errors that name the file and the remedy."""
+"""Reading and writing of single files: synchronised to disk, with errors that name the file and the remedy."""
 
 from __future__ import annotations
 

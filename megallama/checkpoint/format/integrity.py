@@ -1,4 +1,4 @@
-"""Is a checkpoint what its writer left, and which is the newest that is?"""
+"""Verification of checkpoints against their checksums, and the newest one that is intact."""
 
 from __future__ import annotations
 

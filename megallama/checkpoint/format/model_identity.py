@@ -1,4 +1,4 @@
-"""What of a model decides whether a checkpoint is of it."""
+"""The identity of a model: the settings that must agree for a checkpoint to be loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def model_of_identity(identity: Mapping[str, JSON], *, name: str, max_seq_len: i
     if model is None or problems.messages or problems.missing:
         wrong = "; ".join([*problems.messages, *(f"{key} is missing" for key in problems.missing)])
         raise UserError(
-            f"the checkpoint's model is not of this version ({wrong}): use the version that wrote it"
+            f"the checkpoint's model is not valid in this version of megallama ({wrong}):"
+            " use the version that wrote it"
         )
     return model
 
@@ -59,5 +60,5 @@ def check_model(
     if differences:
         raise UserError(
             f"checkpoint {path} is of another model ({'; '.join(differences)}):"
-            " set these values as they are there, or choose another checkpoint"
+            " set these values as the checkpoint has them, or choose another checkpoint"
         )

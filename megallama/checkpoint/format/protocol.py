@@ -1,4 +1,4 @@
-"""The directory of checkpoints: names, complete-or-absent publishing, removal, recovery from crashes.
+"""The directory of checkpoints: names, atomic publication, removal, recovery after crashes.
 
 A checkpoint is written under a temporary name and renamed once every byte is on the disk, so a directory
 with a final name was complete when it got it. Only rank 0 changes names.

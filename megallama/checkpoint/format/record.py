@@ -1,4 +1,4 @@
-"""The two JSON files of a checkpoint, as typed records. docs/checkpoint-format.md is the specification.
+"""The two JSON files of a checkpoint as typed records. docs/checkpoint-format.md is the specification.
 
 Decoding trusts nothing: every type, name, size and range is checked before anybody allocates or opens.
 """

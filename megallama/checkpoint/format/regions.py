@@ -1,4 +1,4 @@
-"""Parts of stored boxes: which byte ranges they are, and their way into memory."""
+"""Reading of a part of a stored box: its byte ranges, copied into a tensor."""
 
 from __future__ import annotations
 

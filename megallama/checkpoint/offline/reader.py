@@ -1,4 +1,4 @@
-"""A checkpoint on disk, read in any process: no process group, and no more memory than what is asked for."""
+"""Reads a checkpoint in a single process, without a process group; only the requested tensors are in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people want to know of a checkpoint: size, age, who wrote it, whether it is whole."""
+"""Summary of a checkpoint for `megallama checkpoint`: size, age, layout that wrote it, completeness."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a checkpoint tensor by tensor in one process, without holding more than one piece in memory."""
+"""Writes a checkpoint tensor by tensor or box by box in a single process, with little memory."""
 
 from __future__ import annotations
 

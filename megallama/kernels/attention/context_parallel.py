@@ -1,4 +1,4 @@
-"""Attention over a sequence that is cut over context-parallel ranks, in three ways, each with its own backward.
+"""Attention over a sequence that is split over context-parallel ranks, in three ways, each with its own backward.
 
 - all_gather: every rank collects all keys and values (Llama 3, arXiv:2407.21783, section 3.3.2). Simple, and cheap
   where heads are grouped. They are collected again in backward instead of being kept.

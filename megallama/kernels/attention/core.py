@@ -1,4 +1,4 @@
-"""Core attention behind one signature: causal, inside documents, over any number of context-parallel ranks.
+"""The core attention module: causal, within documents, over any number of context-parallel ranks.
 
 Shapes: L positions of this rank, S of the whole sequence, B sequences, N query heads, K key/value heads (N a
 multiple of K), D head width.

@@ -1,4 +1,4 @@
-"""Execution of a plan: kernel calls over its rectangles, partial results merged by log-sum-exp.
+"""Executes a plan: kernel calls for its rectangles and packs, with partial results merged by log-sum-exp.
 
 Shapes: S local positions, B sequences, N query heads, K key/value heads, T positions of the given keys, D head
 width; U tokens of a pack. Everything here is sequence-first, as megatron-core is; kernels see [B, N, S, D] views.

@@ -1,4 +1,4 @@
-"""Attention over one square or rectangle with its log-sum-exp, on each device's fused kernel.
+"""Attention over one square or rectangle with its log-sum-exp, by the fused kernel of each device.
 
 Partial results over parts of the keys can be merged only with the log-sum-exp, which
 `torch.nn.functional.scaled_dot_product_attention` does not return; the aten operators below it do. They are

@@ -1,4 +1,4 @@
-"""Which queries meet which keys, as a short list of squares and rectangles instead of a mask.
+"""Plans of attention: which queries meet which keys, as a short list of squares and rectangles instead of a mask.
 
 Documents are contiguous and attention never crosses one. On the diagonal a chunk therefore splits into one causal
 square a document. Off it, only the document that covers the first query of a chunk reaches back: its queries are

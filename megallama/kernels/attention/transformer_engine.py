@@ -1,4 +1,4 @@
-"""Core attention on NVIDIA Transformer Engine (CUDA, bf16 or fp16), for sequences that are not cut over ranks.
+"""Core attention on NVIDIA Transformer Engine (CUDA, bf16 or fp16), for sequences that are not split over ranks.
 
 Every document is a sequence of its own in Transformer Engine's packed format (`thd`), so no mask exists and cuDNN or
 flash attention is chosen by the library. Its context parallelism cuts every packed document into chunks, where this

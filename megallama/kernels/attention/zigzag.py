@@ -1,4 +1,4 @@
-"""Where the positions of a sequence lie when it is cut over context-parallel ranks.
+"""Which positions of a sequence each context-parallel rank holds.
 
 A sequence is cut into 2 x cp chunks and rank i holds chunks i and 2 x cp - 1 - i, in this order. Under a causal
 mask late chunks cost more than early ones; so paired, every rank has the same work (Llama 3, arXiv:2407.21783,

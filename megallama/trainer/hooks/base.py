@@ -1,4 +1,4 @@
-"""What happens around a step. A hook sees the progress and the numbers of the step, never its mechanics."""
+"""The hook interface and the general hooks: evaluation, loss guard, checkpoints, stop requests."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class GuardHook(Hook):
             return
         raise UserError(
             f"step {state.step} diverged (loss {result.loss}, gradient norm {result.grad_norm}): the last checkpoint"
-            " is unharmed; resume from it with a lower optim.lr or a longer optim.warmup_steps"
+            " is intact; resume from it with a lower optim.lr or a longer optim.warmup_steps"
         )
 
 

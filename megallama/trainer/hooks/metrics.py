@@ -1,4 +1,4 @@
-"""Turns finished steps into metrics."""
+"""The hook that turns each finished step into metrics."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ class MetricsHook(Hook):
         except OSError as error:
             raise UserError(
                 f"metrics cannot be written to {self._folder.path} ({error.strerror or error}): free some space"
-                " there, or make its files writable; the same command goes on from the last checkpoint"
+                " there, or make its files writable; the same command resumes from the last checkpoint"
             ) from error

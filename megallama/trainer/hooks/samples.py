@@ -1,4 +1,4 @@
-"""Which samples each step took, in a file of the run folder."""
+"""The hook that writes the samples of each step to a file of the run folder."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ class SamplesHook(Hook):
         except OSError as error:
             raise UserError(
                 f"{self._path} cannot be written ({error.strerror or error}): free some space there, or set"
-                " log.samples=false; the same command goes on from the last checkpoint"
+                " log.samples=false; the same command resumes from the last checkpoint"
             ) from error

@@ -1,4 +1,4 @@
-"""Bytes of a step as metrics."""
+"""The hook that records the traffic of each step as metrics."""
 
 from __future__ import annotations
 
