@@ -188,14 +188,10 @@ def check_heads(config: RunConfig) -> Iterator[str]:
             f"model.hidden_size ({model.hidden_size}) must be a multiple of model.num_heads"
             f" ({model.num_heads}) while model.head_dim is null: change one of them or set model.head_dim"
         )
-    elif (model.head_dim or model.hidden_size // model.num_heads) % 2:
-        width = model.head_dim or model.hidden_size // model.num_heads
+    elif model.head_width % 2:
         source = "" if model.head_dim else " = model.hidden_size / model.num_heads"
-        yield f"model.head_dim ({width}{source}) must be even: rotary embedding turns channels in pairs"
-    elif (
-        model.rope_scaling is RopeScaling.dynamic
-        and (model.head_dim or model.hidden_size // model.num_heads) == 2
-    ):
+        yield f"model.head_dim ({model.head_width}{source}) must be even: rotary embedding turns channels in pairs"
+    elif model.rope_scaling is RopeScaling.dynamic and model.head_width == 2:
         yield "model.head_dim (2) must be above 2 with model.rope_scaling=dynamic: give the heads more channels"
 
 

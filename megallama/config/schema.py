@@ -157,6 +157,26 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     """Dropout probability after attention and MLP. LLaMA uses none."""
 
+    @property
+    def head_width(self) -> int:
+        """Width of one head, also where `head_dim` is null."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads, also where `num_kv_heads` is null."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_width
+
+    @property
+    def qkv_width(self) -> int:
+        """Width of all query, key and value heads together."""
+        return (self.num_heads + 2 * self.kv_heads) * self.head_width
+
 
 @dataclass(frozen=True)
 class ParallelConfig:

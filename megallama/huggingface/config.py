@@ -279,7 +279,6 @@ def hugging_face_config(
         UserError: no family has this combination.
     """
     family = _family(model)
-    heads, width = model.num_heads, model.head_dim or model.hidden_size // model.num_heads
     context = model.max_seq_len
     if model.rope_scaling is RopeScaling.dynamic:
         # transformers takes the context before it is stretched from here.
@@ -288,8 +287,8 @@ def hugging_face_config(
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         **{theirs: getattr(model, ours) for theirs, ours in (SIZES | OTHERS).items()},
-        "num_key_value_heads": model.num_kv_heads or heads,
-        "head_dim": width,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_width,
         "max_position_embeddings": context,
         "hidden_act": "silu",
         "attention_dropout": 0.0,

@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megallama.config.schema import Dtype, ModelConfig, Recompute, RunConfig, TrainConfig
+from megallama.config.schema import Dtype, Recompute, RunConfig, TrainConfig
 from megallama.grid import padded_vocab_size, split_layers
 from megallama.kernels.attention.core import choose_attention
 from megallama.kernels.norm import choose_norm
@@ -91,7 +91,7 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
         )
         for index in range(vp)
     ]
-    frequencies = inverse_frequencies(model, head_dim=head_dim(model), seq_len=config.train.seq_len)
+    frequencies = inverse_frequencies(model, seq_len=config.train.seq_len)
     for chunk in chunks:
         chunk.rotary_pos_emb = RotaryAngles(frequencies)
     tied_weight, tied_copy = None, None
@@ -115,11 +115,6 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
     return Stage(module=module, transformer=transformer, layout=layout, tied_copy=tied_copy)
 
 
-def head_dim(model: ModelConfig) -> int:
-    """Width of one head."""
-    return model.head_dim or model.hidden_size // model.num_heads
-
-
 def transformer_config(config: RunConfig) -> TransformerConfig:
     """megatron-core's configuration of this run; the one place where names are translated to its own."""
     model, parallel = config.model, config.parallel
@@ -129,10 +124,10 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_heads or model.num_heads,
-        kv_channels=head_dim(model),
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_width,
         # YaRN scales queries and keys; their product takes the square.
-        softmax_scale=attention_factor(model) ** 2 / math.sqrt(head_dim(model)),
+        softmax_scale=attention_factor(model) ** 2 / math.sqrt(model.head_width),
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,

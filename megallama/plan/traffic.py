@@ -81,9 +81,9 @@ def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
     chunks = stages[place.pp :: grid.pp]
     layers = sum(chunks)
     is_first, is_last = place.pp == 0, place.pp == grid.pp - 1
-    query, key, value = _widths(config)
+    query, fused = model.query_width, model.qkv_width
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    matrices = [(query + key + value) * hidden, query * hidden, 2 * ffn * hidden, ffn * hidden] * layers
+    matrices = [fused * hidden, query * hidden, 2 * ffn * hidden, ffn * hidden] * layers
     rows = padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple)
     # A tied copy on the last stage is no parameter.
     tables = int(is_first) + int(is_last and not model.tie_embeddings)
@@ -94,23 +94,9 @@ def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
         is_last=is_last,
         matrices=[size // grid.tp for size in matrices + [rows * hidden] * tables],
         norms=[hidden] * (2 * layers + int(is_last)),
-        head_norms=[_head_dim(config)] * (2 * layers * int(model.qk_norm)),
-        biases=[(query + key + value) // grid.tp] * (layers * int(model.qkv_bias)),
+        head_norms=[model.head_width] * (2 * layers * int(model.qk_norm)),
+        biases=[fused // grid.tp] * (layers * int(model.qkv_bias)),
     )
-
-
-def _head_dim(config: RunConfig) -> int:
-    return config.model.head_dim or config.model.hidden_size // config.model.num_heads
-
-
-def _kv_heads(config: RunConfig) -> int:
-    return config.model.num_kv_heads or config.model.num_heads
-
-
-def _widths(config: RunConfig) -> tuple[int, int, int]:
-    """Of all queries, keys and values of a token."""
-    query, key = (heads * _head_dim(config) for heads in (config.model.num_heads, _kv_heads(config)))
-    return query, key, key
 
 
 def _layers_again(config: RunConfig, layers: int) -> int:
@@ -151,10 +137,11 @@ def _add_tensor_parallel(
     else:
         traffic["tp", "all_reduce", dtype] += m * activation * (4 * layers + 2 * again + first + last)
     traffic["tp", "all_reduce", dtype] += m * sum(holding.head_norms) * ITEM_BYTES[dtype]
-    if _kv_heads(config) < grid.tp:
+    model = config.model
+    if model.kv_heads < grid.tp:
         # Ranks that share a key/value head gather the fused qkv output and pick their heads.
         tokens = config.train.seq_len // grid.cp * config.train.micro_batch_size
-        fused = tokens * sum(_widths(config)) * ITEM_BYTES[dtype]
+        fused = tokens * (model.qkv_width) * ITEM_BYTES[dtype]
         traffic["tp", "all_gather", dtype] += m * fused * (layers + again)
         traffic["tp", "reduce_scatter", dtype] += m * fused * layers
     if last:
@@ -170,9 +157,9 @@ def _add_context_parallel(
     if grid.cp == 1:
         return
     model, train = config.model, config.train
-    kv_heads = max(1, _kv_heads(config) // grid.tp)
+    kv_heads = max(1, model.kv_heads // grid.tp)
     tokens = train.seq_len // grid.cp * train.micro_batch_size
-    queries, keys = (tokens * n * _head_dim(config) for n in (model.num_heads // grid.tp, kv_heads))
+    queries, keys = (tokens * n * model.head_width for n in (model.num_heads // grid.tp, kv_heads))
     dtype, wide = NUMPY_NAMES[config.precision.dtype], _wide(config)
     # Values are as large as keys. A forward pass that runs again moves all that it moved before.
     backwards = m * holding.layers

@@ -29,7 +29,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     width = math.lcm(*tps)
     model = config.model
     kv_heads = _kv_heads(config, cuts)
-    heads = kv_heads * (model.num_heads // (model.num_kv_heads or model.num_heads))
+    heads = kv_heads * (model.num_heads // model.kv_heads)
     vocab_multiple = 16 * width
     is_padded = model.vocab_size % model.vocab_multiple != 0
     vocab_size = 4 * vocab_multiple - (5 if is_padded else 0)
@@ -109,7 +109,7 @@ def _kv_heads(config: RunConfig, cuts: Sequence[RunConfig]) -> int:
 
     Under ulysses they must do so over tp x cp, and the query heads that belong to them must divide over it.
     """
-    kv_heads = config.model.num_kv_heads or config.model.num_heads
+    kv_heads = config.model.kv_heads
     ratio = config.model.num_heads // kv_heads
     tps = [cut.parallel.tp for cut in cuts]
     exchanges = [
