@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from megallama.config import rope_scaling
 from megallama.config.schema import ModelConfig, RopeScaling, RunConfig, Schedule
 
 AT_LEAST_ONE = (
@@ -63,15 +64,6 @@ ABOVE_ZERO = (
 )
 
 LARGEST = 2**63 - 1
-
-ROPE_KIND_OF = {
-    "rope_low_freq_factor": RopeScaling.llama3,
-    "rope_high_freq_factor": RopeScaling.llama3,
-    "rope_beta_fast": RopeScaling.yarn,
-    "rope_beta_slow": RopeScaling.yarn,
-    "rope_attention_factor": RopeScaling.yarn,
-}
-"""Settings of the model that only one kind of rotary scaling reads."""
 
 
 def setting(config: RunConfig, key: str) -> Any:
@@ -214,7 +206,8 @@ def check_rope(config: RunConfig) -> Iterator[str]:
             f"model.rope_scaling_factor ({factor:g}) must be at least 1 with"
             f" model.rope_scaling={model.rope_scaling.value}: LLaMA 3.1 has 8, LLaMA 3.2 has 32"
         )
-    if model.rope_scaling is not RopeScaling.linear and model.rope_original_max_seq_len > model.max_seq_len:
+    has_original = "rope_original_max_seq_len" in rope_scaling.SETTINGS[model.rope_scaling]
+    if has_original and model.rope_original_max_seq_len > model.max_seq_len:
         yield (
             f"model.rope_original_max_seq_len ({model.rope_original_max_seq_len}) must not exceed"
             f" model.max_seq_len ({model.max_seq_len}) with model.rope_scaling={model.rope_scaling.value}:"
@@ -227,17 +220,14 @@ def _rope_parameters(model: ModelConfig) -> Iterator[str]:
     if kind is RopeScaling.yarn and 0 < model.rope_theta <= 1:
         yield f"model.rope_theta ({model.rope_theta:g}) must be above 1 with model.rope_scaling=yarn: 10000 is usual"
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    for name, reader in ROPE_KIND_OF.items():
+    for name, reader in rope_scaling.only_reader_of().items():
         value = getattr(model, name)
         if kind is not reader and value != defaults[name] and value > 0:
             yield (
                 f"model.{name} ({value:g}) has no effect with model.rope_scaling={kind.value}:"
                 f" leave it out, or set model.rope_scaling={reader.value}"
             )
-    for low, high in (
-        ("rope_low_freq_factor", "rope_high_freq_factor"),
-        ("rope_beta_slow", "rope_beta_fast"),
-    ):
+    for low, high in rope_scaling.RAMPS.values():
         if getattr(model, low) >= getattr(model, high) > 0:
             yield (
                 f"model.{low} ({getattr(model, low):g}) must be below model.{high} ({getattr(model, high):g}):"

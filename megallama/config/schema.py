@@ -22,6 +22,16 @@ class Dtype(str, Enum):
     fp16 = "fp16"
     fp64 = "fp64"
 
+    @property
+    def full_name(self) -> str:
+        """What torch, NumPy and checkpoints call it, such as float32."""
+        return "bfloat16" if self is Dtype.bf16 else self.value.replace("fp", "float")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return int(self.value[2:]) // 8
+
 
 class Schedule(str, Enum):
     """Shape of the learning rate after warm-up."""

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megallama.config.schema import Dtype, Recompute, RunConfig, TrainConfig
 from megallama.grid import padded_vocab_size, split_layers
+from megallama.host.dtypes import FLOATS
 from megallama.kernels.attention.core import choose_attention
 from megallama.kernels.norm import choose_norm
 from megallama.model.chunks import Chunks, take_output_weight
@@ -25,13 +26,6 @@ from megallama.model.rope import RotaryAngles, attention_factor, inverse_frequen
 from megallama.topology.groups import Topology
 
 log = logging.getLogger(__name__)
-
-TORCH_DTYPE = {
-    Dtype.fp32: torch.float32,
-    Dtype.bf16: torch.bfloat16,
-    Dtype.fp16: torch.float16,
-    Dtype.fp64: torch.float64,
-}
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -118,7 +112,7 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
 def transformer_config(config: RunConfig) -> TransformerConfig:
     """megatron-core's configuration of this run; the one place where names are translated to its own."""
     model, parallel = config.model, config.parallel
-    dtype = TORCH_DTYPE[config.precision.dtype]
+    dtype = FLOATS[config.precision.dtype.full_name]
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megallama.config.rope_scaling import yarn_attention_factor
 from megallama.config.schema import ModelConfig, RopeScaling
 from megallama.model.packing import DocumentPacking
 
@@ -60,12 +61,12 @@ def _yarn_ramp(model: ModelConfig) -> torch.Tensor:
 
 
 def attention_factor(model: ModelConfig) -> float:
-    """What queries and keys are scaled by: 1 unless YaRN says otherwise (equation 22 of arXiv:2309.00071)."""
+    """What queries and keys are scaled by: 1 unless YaRN says otherwise."""
     if model.rope_scaling != RopeScaling.yarn:
         return 1.0
     if model.rope_attention_factor is not None:
         return model.rope_attention_factor
-    return 0.1 * math.log(model.rope_scaling_factor) + 1.0
+    return yarn_attention_factor(model.rope_scaling_factor)
 
 
 class RotaryAngles(torch.nn.Module):

@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from enum import Enum
 
-from megallama.config.schema import ContextKind, RopeScaling, RunConfig, Schedule
+from megallama.config.rope_scaling import SETTINGS
+from megallama.config.schema import ContextKind, RunConfig, Schedule
 from megallama.verify.layouts import Layout, change
 
 HEAD_DIM = 8
@@ -77,7 +78,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     if config.optim.schedule == Schedule.wsd:
         sizes["optim.decay_steps"] = min(max(1, config.optim.decay_steps), steps - 1)
         sizes["optim.warmup_steps"] = 0
-    if model.rope_scaling not in (RopeScaling.none, RopeScaling.linear):
+    if "rope_original_max_seq_len" in SETTINGS[model.rope_scaling]:
         # Wavelengths fall on both sides of the change, as in the large model.
         sizes["model.rope_original_max_seq_len"] = seq_len // 2
     else:

@@ -8,6 +8,7 @@ is no setting; reading one counts for the fields that it is made of.
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import typing
@@ -142,6 +143,7 @@ class Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
 
+@functools.cache
 def behind(section, name):
     """The fields that reading `name` reads: itself, or what a derived property of the section is made of."""
     found = vars(section).get(name)
