@@ -142,7 +142,7 @@ def _format(reader: CheckpointReader, run: Path, asked: str | None) -> torch.dty
         return FORMATS[asked]
     source = reader.state.get("source")
     imported = FLOATS.get(str(source.get("dtype"))) if isinstance(source, dict) else None
-    if imported in FORMATS.values():
+    if imported is not None and imported in FORMATS.values():
         return imported
     if not (run / "config.yaml").is_file():
         return torch.float32
