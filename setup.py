@@ -15,8 +15,8 @@ setup(
     packages=find_packages(include=["megallama", "megallama.*"]),
     install_requires=[
         "torch>=2.13,<2.14",
-        "megatron-core>=0.16.1,<0.19",
-        "deepspeed>=0.19.8,<0.20",
+        "megatron-core==0.16.1",  # compat/ replaces parts of it: read a new version first
+        "deepspeed==0.19.8",  # as megatron-core
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
         "sentencepiece>=0.2.0",

@@ -34,8 +34,6 @@ from megallama.trainer.run_folder import TOKENIZER_NAMES, RunFolder
 
 log = logging.getLogger(__name__)
 
-_FORMATS: dict[object, Dtype] = {"bfloat16": Dtype.bf16, "float16": Dtype.fp16}
-
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -127,7 +125,8 @@ def _config_of_import(folder: RunFolder) -> RunConfig:
 def _format_of_import(checkpoint: Path) -> Dtype:
     """The format that the weights had where they came from."""
     source = read_manifest(checkpoint).state.get("source")
-    return _FORMATS.get(source.get("dtype") if isinstance(source, dict) else None, Dtype.fp32)
+    name = source.get("dtype") if isinstance(source, dict) else None
+    return next((kind for kind in Dtype if kind.full_name == name), Dtype.fp32)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Stand-ins with which megatron-core runs on a host without CUDA. Nothing else in the project knows of them.
 
-megatron-core 0.16 names CUDA in a few modules: factories with `device="cuda"`, the current device,
+Read in megatron-core 0.16.1. It names CUDA in a few modules: factories with `device="cuda"`, the current device,
 synchronisation, random state. Each module below gets, in place of its global `torch`, a view of torch in
 which just these names mean the CPU; torch itself stays untouched. This can go when megatron-core takes
 its device from the tensors; `tests/compat/test_megatron_core.py` fails when a module here no longer needs it.
@@ -9,11 +9,14 @@ its device from the tensors; `tests/compat/test_megatron_core.py` fails when a m
 from __future__ import annotations
 
 import importlib
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megallama.compat.views import ModuleView
+
+VERSION = "0.16.1"
 
 MODULES = {
     "megatron.core.pipeline_parallel.schedules": 'token counter on device="cuda"',
@@ -39,18 +42,6 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
-class _View(types.ModuleType):
-    """A module that answers some names itself and passes the others on."""
-
-    def __init__(self, behind: types.ModuleType, **answers: Any) -> None:
-        super().__init__(behind.__name__)
-        self.__dict__.update(answers)
-        self.__dict__["_behind"] = behind
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_behind"], name)
-
-
 def _restore_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
     torch.set_rng_state(state)
 
@@ -63,7 +54,7 @@ def install_cpu_stand_ins() -> None:
     """Give the modules above their view of torch. Does nothing where CUDA is present; may be called again."""
     if torch.cuda.is_available():
         return
-    cuda = _View(
+    cuda = ModuleView(
         torch.cuda,
         current_device=lambda: _CPU,
         synchronize=lambda *args, **kwargs: None,
@@ -72,13 +63,13 @@ def install_cpu_stand_ins() -> None:
         manual_seed=torch.manual_seed,
         initial_seed=torch.initial_seed,
     )
-    view = _View(torch, cuda=cuda, zeros=_on_cpu(torch.zeros), tensor=_on_cpu(torch.tensor))
+    view = ModuleView(torch, cuda=cuda, zeros=_on_cpu(torch.zeros), tensor=_on_cpu(torch.tensor))
     for name in MODULES:
         module: Any = importlib.import_module(name)
         module.torch = view
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     # With one generator for both, "the CPU state" next to "the CUDA state" is saved and compared for nothing.
     no_state = torch.zeros(0)
-    random.torch = _View(view, get_rng_state=lambda: no_state, set_rng_state=lambda state: None)
+    random.torch = ModuleView(view, get_rng_state=lambda: no_state, set_rng_state=lambda state: None)
     random._get_cuda_rng_state = _current_rng_state
     random._set_cuda_rng_state = _restore_rng_state

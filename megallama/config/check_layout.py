@@ -60,7 +60,7 @@ def check_heads_over_tp(config: RunConfig) -> Iterator[str]:
     fused qkv output and lets each rank pick its heads (0.16.1, core/transformer/attention.py).
     """
     model, tp = config.model, config.parallel.tp
-    kv_heads = model.num_kv_heads or model.num_heads
+    kv_heads = model.kv_heads
     if model.num_heads % tp:
         yield (
             f"model.num_heads ({model.num_heads}) must be a multiple of parallel.tp ({tp}):"
@@ -72,7 +72,7 @@ def check_heads_over_tp(config: RunConfig) -> Iterator[str]:
             f" use parallel.tp={_divisors(kv_heads, tp)}"
         )
     elif model.hidden_size % model.num_heads == 0 or model.head_dim:
-        width = (model.num_heads + 2 * kv_heads) * (model.head_dim or model.hidden_size // model.num_heads)
+        width = model.qkv_width
         if width % tp:
             yield (
                 f"the width of query, key and value ({model.num_heads} + 2 x {kv_heads} heads = {width})"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from megallama.config import rope_scaling
 from megallama.config.schema import ModelConfig, RopeScaling, RunConfig, Schedule
 
 AT_LEAST_ONE = (
@@ -63,15 +64,6 @@ ABOVE_ZERO = (
 )
 
 LARGEST = 2**63 - 1
-
-ROPE_KIND_OF = {
-    "rope_low_freq_factor": RopeScaling.llama3,
-    "rope_high_freq_factor": RopeScaling.llama3,
-    "rope_beta_fast": RopeScaling.yarn,
-    "rope_beta_slow": RopeScaling.yarn,
-    "rope_attention_factor": RopeScaling.yarn,
-}
-"""Settings of the model that only one kind of rotary scaling reads."""
 
 
 def setting(config: RunConfig, key: str) -> Any:
@@ -188,14 +180,10 @@ def check_heads(config: RunConfig) -> Iterator[str]:
             f"model.hidden_size ({model.hidden_size}) must be a multiple of model.num_heads"
             f" ({model.num_heads}) while model.head_dim is null: change one of them or set model.head_dim"
         )
-    elif (model.head_dim or model.hidden_size // model.num_heads) % 2:
-        width = model.head_dim or model.hidden_size // model.num_heads
+    elif model.head_width % 2:
         source = "" if model.head_dim else " = model.hidden_size / model.num_heads"
-        yield f"model.head_dim ({width}{source}) must be even: rotary embedding rotates channels in pairs"
-    elif (
-        model.rope_scaling is RopeScaling.dynamic
-        and (model.head_dim or model.hidden_size // model.num_heads) == 2
-    ):
+        yield f"model.head_dim ({model.head_width}{source}) must be even: rotary embedding rotates channels in pairs"
+    elif model.rope_scaling is RopeScaling.dynamic and model.head_width == 2:
         yield "model.head_dim (2) must be above 2 with model.rope_scaling=dynamic: give the heads more channels"
 
 
@@ -218,7 +206,8 @@ def check_rope(config: RunConfig) -> Iterator[str]:
             f"model.rope_scaling_factor ({factor:g}) must be at least 1 with"
             f" model.rope_scaling={model.rope_scaling.value}: LLaMA 3.1 has 8, LLaMA 3.2 has 32"
         )
-    if model.rope_scaling is not RopeScaling.linear and model.rope_original_max_seq_len > model.max_seq_len:
+    has_original = "rope_original_max_seq_len" in rope_scaling.SETTINGS[model.rope_scaling]
+    if has_original and model.rope_original_max_seq_len > model.max_seq_len:
         yield (
             f"model.rope_original_max_seq_len ({model.rope_original_max_seq_len}) must not exceed"
             f" model.max_seq_len ({model.max_seq_len}) with model.rope_scaling={model.rope_scaling.value}:"
@@ -231,17 +220,14 @@ def _rope_parameters(model: ModelConfig) -> Iterator[str]:
     if kind is RopeScaling.yarn and 0 < model.rope_theta <= 1:
         yield f"model.rope_theta ({model.rope_theta:g}) must be above 1 with model.rope_scaling=yarn: 10000 is usual"
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    for name, reader in ROPE_KIND_OF.items():
+    for name, reader in rope_scaling.only_reader_of().items():
         value = getattr(model, name)
         if kind is not reader and value != defaults[name] and value > 0:
             yield (
                 f"model.{name} ({value:g}) has no effect with model.rope_scaling={kind.value}:"
                 f" leave it out, or set model.rope_scaling={reader.value}"
             )
-    for low, high in (
-        ("rope_low_freq_factor", "rope_high_freq_factor"),
-        ("rope_beta_slow", "rope_beta_fast"),
-    ):
+    for low, high in rope_scaling.RAMPS.values():
         if getattr(model, low) >= getattr(model, high) > 0:
             yield (
                 f"model.{low} ({getattr(model, low):g}) must be below model.{high} ({getattr(model, high):g}):"

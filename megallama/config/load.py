@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
@@ -21,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megallama.compat.hydra import split_sweep
 from megallama.config.names import field_types, listing
 from megallama.config.overrides import parse_overrides
 from megallama.config.schema import ModelConfig, RunConfig, SourceConfig
@@ -106,7 +106,7 @@ def expand_sweep(
     with _hydra(conf_dir):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         try:
-            (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(words), None)
+            jobs = split_sweep(parser.parse_overrides(words))
         except HydraException as error:
             raise ConfigError(
                 [f"the sweep cannot be expanded ({error}): list the values, as in optim.lr=1e-4,3e-4"]

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from megallama.config.schema import ModelConfig
+from megallama.config.rope_scaling import unread_settings, yarn_attention_factor
+from megallama.config.schema import ModelConfig, RopeScaling
 from megallama.config.typed import optional
 
 NOT_OF_THE_SHAPE = {"name", "hidden_dropout", "init_std", "max_seq_len"}
@@ -18,15 +19,6 @@ WITHOUT_WEIGHTS = {
 }
 """Settings that change neither the shapes nor the meaning of weights, only what is computed with them: a run that
 starts from other weights (a longer context, say) may have its own."""
-
-_USED_BY = {
-    "none": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "original", "low", "high"},
-    "yarn": {"factor", "original", "beta", "attention"},
-    "dynamic": {"factor", "original"},
-}
-"""Which settings a kind of `rope_scaling` looks at, by a word of their names."""
 
 
 def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -55,17 +47,16 @@ def _explicit(settings: Mapping[str, Any]) -> dict[str, Any]:
     if whole["head_dim"] is None and _is_count(heads) and _is_count(width):
         whole["head_dim"] = width // heads
     if whole["rope_scaling"] == "yarn" and whole["rope_attention_factor"] is None and _is_positive(factor):
-        whole["rope_attention_factor"] = 0.1 * math.log(factor) + 1.0
+        whole["rope_attention_factor"] = yarn_attention_factor(factor)
     return whole
 
 
 def _without_effect(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
-    kinds = [settings["rope_scaling"] for settings in (one, other)]
-    if not all(isinstance(kind, str) and kind in _USED_BY for kind in kinds):
+    try:
+        kinds = [RopeScaling(settings["rope_scaling"]) for settings in (one, other)]
+    except ValueError:  # of another program
         return set()
-    used = {word for kind in kinds for word in _USED_BY[kind]}
-    words = {word for known in _USED_BY.values() for word in known} - used
-    return {key for key in WITHOUT_WEIGHTS if words & set(key.split("_"))}
+    return unread_settings(*kinds)
 
 
 def _padded_vocabulary(settings: Mapping[str, Any]) -> int | None:

@@ -22,6 +22,16 @@ class Dtype(str, Enum):
     fp16 = "fp16"
     fp64 = "fp64"
 
+    @property
+    def full_name(self) -> str:
+        """What torch, NumPy and checkpoints call it, such as float32."""
+        return "bfloat16" if self is Dtype.bf16 else self.value.replace("fp", "float")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return int(self.value[2:]) // 8
+
 
 class Schedule(str, Enum):
     """Shape of the learning-rate curve after warm-up."""
@@ -164,6 +174,26 @@ class ModelConfig:
     """Standard deviation of the initial weights; output projections use init_std / sqrt(2 x num_layers)."""
     hidden_dropout: float = 0.0
     """Dropout probability after attention and after the MLP. LLaMA uses none."""
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head, also where `head_dim` is null."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads, also where `num_kv_heads` is null."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_width
+
+    @property
+    def qkv_width(self) -> int:
+        """Width of all query, key and value heads together."""
+        return (self.num_heads + 2 * self.kv_heads) * self.head_width
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from megallama.compat.deepspeed import GradientHooks
+
 
 class LocalGradients:
     """Stands between DeepSpeed's hooks and its reduction.
@@ -36,12 +38,7 @@ class LocalGradients:
         self._seen: Counter[torch.nn.Parameter] = Counter()
         self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._handed: dict[torch.nn.Parameter, torch.Tensor] = {}
-        self._reduce = optimizer.process_gradients
-        self._gradient_of = optimizer.get_gradient_for_reduction
-        optimizer.process_gradients = self._take
-        optimizer.get_gradient_for_reduction = self._to_reduce
-        # The sums are as wide as this; DeepSpeed would bring them to the parameters' format on their way.
-        optimizer._gradient_reduction_buffer_dtype = lambda: optimizer.gradient_accumulation_dtype
+        self._hooks = GradientHooks(optimizer, take=self._take, to_reduce=self._to_reduce)
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Sums that were not reduced yet."""
@@ -73,10 +70,9 @@ class LocalGradients:
             parameter.grad = total
         else:
             self._handed[parameter] = total
-        self._reduce(parameter, group)
+        self._hooks.reduce(parameter, group)
 
     def _to_reduce(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """What DeepSpeed reduces: a wide sum cannot stand in the `grad` of a narrow parameter."""
         handed = self._handed.get(parameter)
-        gradient: torch.Tensor | None = handed if handed is not None else self._gradient_of(parameter)
-        return gradient
+        return handed if handed is not None else self._hooks.gradient_of(parameter)

@@ -13,8 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megallama.compat.deepspeed import (
+    publish_stage_3_masters,
+    stage_3_group,
+    stage_3_view,
+    stage_3_weight,
+    whole_shape,
+)
 from megallama.engine.fragment import Fragment
-from megallama.engine.zero import ZeroEngine, stage_3_view
+from megallama.engine.zero import ZeroEngine
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
@@ -62,8 +69,8 @@ def _fragments_of_stage_3(zero: ZeroEngine, names: dict[int, str]) -> Iterator[F
         for parameter in parameters:
             views = {k: stage_3_view(parameter, k) for k in (STATES if has_moments else STATES[:1])}
             size = views["fp32"].numel()
-            start = size * dist.get_rank(parameter.ds_process_group)
-            owned = max(0, min(size, parameter.ds_numel - start))  # the rest is padding
+            start = size * dist.get_rank(stage_3_group(parameter))
+            owned = max(0, min(size, whole_shape(parameter).numel() - start))  # the rest is padding
             if owned:
                 parts = {k: view.detach().view(-1).narrow(0, 0, owned) for k, view in views.items()}
                 yield Fragment(names[id(parameter)], start, owned, parts, is_written=True)
@@ -75,8 +82,9 @@ def check_fragments(zero: ZeroEngine, module: torch.nn.Module) -> None:
     covered = 0
     for fragment in own_fragments(zero, module):
         parameter = parameters[fragment.param_name]
-        if hasattr(parameter, "ds_tensor"):
-            low = parameter.ds_tensor.detach().view(-1)[: fragment.numel]
+        partition = stage_3_weight(parameter)
+        if partition is not None:
+            low = partition[: fragment.numel]
         else:
             low = parameter.detach().view(-1)[fragment.start : fragment.start + fragment.numel]
         # Offloaded masters lie on the host.
@@ -87,7 +95,7 @@ def check_fragments(zero: ZeroEngine, module: torch.nn.Module) -> None:
         covered += fragment.numel
     total = torch.tensor(covered, dtype=torch.int64, device=zero.device)
     dist.all_reduce(total, group=zero.shard_group)
-    wanted = sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values())
+    wanted = sum(whole_shape(p).numel() for p in parameters.values())
     assert int(total) == wanted, f"the fragments cover {int(total)} of {wanted} elements"
 
 
@@ -97,10 +105,7 @@ def publish_masters(zero: ZeroEngine) -> None:
     if zero.zero_stage < 3:
         optimizer.update_lp_params()
         return
-    optimizer.checkpoint_event_prologue()
-    for index in range(len(optimizer.fp16_groups)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(index)
-    optimizer.checkpoint_event_epilogue()
+    publish_stage_3_masters(optimizer)
 
 
 def counters(zero: ZeroEngine) -> dict[str, float | int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megallama.compat.deepspeed import whole_shape
 from megallama.engine.zero import ZeroEngine
 from megallama.model.build import Stage
 from megallama.topology.groups import Topology
@@ -43,7 +44,7 @@ class EmbeddingTie:
             dist.broadcast(self._gradient, group=self._group, group_src=1)
             self._gradient.zero_()
         elif self._weight is not None:
-            shape = getattr(self._weight, "ds_shape", self._weight.shape)
+            shape = whole_shape(self._weight)
             gradient = torch.empty(shape, dtype=wide(self._weight.dtype), device=self._zero.device)
             dist.broadcast(gradient, group=self._group, group_src=1)
             self._zero(None, gradient).backward()

@@ -1,6 +1,7 @@
-"""DeepSpeed: ZeRO stages 0 to 3 under megatron-core's schedules. The only importer of deepspeed.
+"""DeepSpeed: ZeRO stages 0 to 3 under megatron-core's schedules.
 
-Written against DeepSpeed 0.19.8. What is done here beside calling its public functions, and why:
+Written against DeepSpeed 0.19.8. Its private functions and what is replaced in it stand in `compat/deepspeed.py`.
+What is done with them, and why:
 
 - `managed_gradient_accumulation: false` with one accumulation step: the schedule owns the micro-batches; else
   every stage would divide the gradient once more.
@@ -18,16 +19,12 @@ Written against DeepSpeed 0.19.8. What is done here beside calling its public fu
   the interleaved schedule the first backward reaches one chunk only: so the gradients are cleared after the step.
 - With offload and fp32, ZeRO 2 lets the first backward of a step overwrite the sums in host memory and the later ones
   add: the same, so these are cleared after the step too.
-- On CPU it would compile a shared-memory all-reduce at first use; gloo serves instead and no compiler is needed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,22 +32,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megallama.compat.double import use_double
+from megallama.compat import deepspeed as compat
 from megallama.config.schema import Dtype, RunConfig
 from megallama.engine.local_gradients import LocalGradients
 from megallama.grid import num_micro_batches
 from megallama.topology.groups import DeepSpeedGroups, Topology
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    # Its logger writes to stdout while it is imported, before it can be asked for quiet.
-    logging.disable(logging.WARNING)
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime import bf16_optimizer
-    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-    logging.disable(logging.NOTSET)
 
 REDUCE_BUCKET_ELEMENTS = 25_000_000
 """Elements of one all-reduce of stage 0."""
@@ -75,21 +61,21 @@ class ZeroEngine:
         self.shard_group = topology.own_group if self.zero_stage == 0 else topology.dp_cp_group
         self.shard_size = self.shard_group.size()
         """Ranks over which DeepSpeed averages gradients; the loss is multiplied by it."""
-        use_double(config.precision.dtype == Dtype.fp64)
-        self._start_deepspeed()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._engine, _, _, _ = deepspeed.initialize(
-                model=module,
-                optimizer=optimizer,
-                config=deepspeed_config(config, shard_size=self.shard_size),
-                mpu=DeepSpeedGroups(topology, shard_group=self.shard_group),
-                dist_init_required=False,
-            )
+        compat.prepare_process(
+            device=self.device,
+            is_double=config.precision.dtype == Dtype.fp64,
+            check_fetch_order=self._assert_same_ints,
+        )
+        self._engine = compat.initialize(
+            module,
+            optimizer,
+            settings=deepspeed_config(config, shard_size=self.shard_size),
+            mpu=DeepSpeedGroups(topology, shard_group=self.shard_group),
+        )
         self._weight_decays = [group["weight_decay"] for group in self.optimizer.optimizer.param_groups]
         self._num_begun = self._num_ended = 0
         self._local = self._local_gradients(config, module)
-        self._watch_backwards()
+        compat.watch_backwards(self._engine, at_begin=self._begin_backward, at_end=self._end_backward)
 
     @property
     def optimizer(self) -> Any:
@@ -118,7 +104,7 @@ class ZeroEngine:
         if self.zero_stage < 3:
             yield
             return
-        with deepspeed.zero.GatheredParameters([parameter]):
+        with compat.gathered(parameter):
             yield
 
     def kept_gradients(self) -> Iterator[torch.Tensor]:
@@ -158,19 +144,6 @@ class ZeroEngine:
         skipped = self._is_loss_scaled and bool(getattr(self.optimizer, "overflow", False))
         return (math.inf if skipped else norm), skipped
 
-    def _start_deepspeed(self) -> None:
-        deepspeed.utils.logger.setLevel(logging.ERROR)
-        # Prints memory to stdout while it is built, whatever the log level.
-        bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
-        if self._topology.device.type == "cpu":
-            # By name: the attribute `deepspeed.comm.torch` is torch itself.
-            sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-            # It asks oneDNN whether fp16 is fast here; torch computes fp16 on every CPU, if slowly.
-            get_accelerator().is_fp16_supported = lambda: True
-        coordinator: Any = sys.modules["deepspeed.runtime.zero.partitioned_param_coordinator"]
-        coordinator.assert_ints_same_as_other_ranks = self._assert_same_ints
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-
     def _local_gradients(self, config: RunConfig, module: torch.nn.Module) -> LocalGradients | None:
         period = config.zero.accumulate_micro_batches
         if period == 1:
@@ -200,26 +173,15 @@ class ZeroEngine:
             f"ZeRO 3: this rank fetches parameters in another order than its replicas: {ints}"
         )
 
-    def _watch_backwards(self) -> None:
-        begin, end = self._engine._backward_prologue, self._engine._backward_epilogue
-
-        def begin_clean() -> None:
-            self._begin_backward()
-            begin()
-
-        def end_counted() -> None:
-            self._num_ended += 1
-            end()
-            if self._local is not None:
-                self._local.end_backward()
-
-        self._engine._backward_prologue, self._engine._backward_epilogue = begin_clean, end_counted
-
     def _begin_backward(self) -> None:
         self.optimizer.clear_backward_seen_flag()
-        # fp16: only the loss is scaled by engine.scale; a gradient from the next stage arrives scaled.
-        self._engine._manual_backward_expected = True
+        compat.expect_scaled_backward(self._engine)
         self._num_begun += 1
+
+    def _end_backward(self) -> None:
+        self._num_ended += 1
+        if self._local is not None:
+            self._local.end_backward()
 
     def _check_backwards(self) -> None:
         begun, ended = self._num_begun, self._num_ended
@@ -258,16 +220,6 @@ class ZeroEngine:
         _all_reduce_bucket(bucket, group)
 
 
-def stage_3_view(parameter: torch.nn.Parameter, state: str) -> torch.Tensor:
-    """This rank's partition of `fp32`, `exp_avg` or `exp_avg_sq` of a ZeRO 3 parameter."""
-    view: torch.Tensor = (
-        safe_get_local_fp32_param(parameter)
-        if state == "fp32"
-        else safe_get_local_optimizer_state(parameter, state)
-    )
-    return view
-
-
 def _all_reduce_bucket(bucket: list[torch.Tensor], group: dist.ProcessGroup) -> None:
     if not bucket:
         return
@@ -298,7 +250,7 @@ def deepspeed_config(config: RunConfig, *, shard_size: int) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},
     }
     if config.precision.dtype != Dtype.fp64:
-        # Absent, both mean the format of the parameters, which is fp64 then (see compat/double.py).
+        # Absent, both mean the format of the parameters, which is fp64 then (see `use_double` in compat/deepspeed.py).
         settings |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if config.zero.offload:
         settings["zero_optimization"]["offload_optimizer"] = {

@@ -17,6 +17,7 @@ from megallama.config.check_values import (
     check_rope,
     check_sizes_are_positive,
 )
+from megallama.config.rope_scaling import RAMPS, SETTINGS
 from megallama.config.same_model import differing_settings
 from megallama.config.schema import ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
 from megallama.config.typed import Problems, build, plain
@@ -106,17 +107,21 @@ HARMLESS = {
 }
 """Keys that change nothing of what is computed, each with the reason."""
 
+ROPE_KEY_OF = {
+    "rope_scaling_factor": "factor",
+    "rope_original_max_seq_len": "original_max_position_embeddings",
+    **{f"rope_{key}": key for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")},
+    "rope_attention_factor": "attention_factor",
+}
+"""Our settings of a kind of rotary scaling, and the keys of `rope_parameters` (in older files `rope_scaling`)."""
+
 ROPE_KEYS = {
     "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
-        *("mscale", "mscale_all_dim", "truncate"),
-    ),
+    **{kind.value: tuple(ROPE_KEY_OF[name] for name in names) for kind, names in SETTINGS.items() if names},
 }
-"""Keys of `rope_parameters` (in older files `rope_scaling`) for each kind."""
+"""Keys of `rope_parameters` for each kind."""
+ROPE_KEYS["yarn"] += ("mscale", "mscale_all_dim", "truncate")
+ROPE_KEYS["dynamic"] = ("factor",)  # transformers takes the original context from max_position_embeddings
 
 
 def model_from_hugging_face(
@@ -232,7 +237,7 @@ def _scaling_settings(
     original = rope.get("original_max_position_embeddings") or context
     settings["rope_original_max_seq_len"] = original
     if kind == "llama3":
-        wanted = ("low_freq_factor", "high_freq_factor")
+        wanted = [ROPE_KEY_OF[name] for name in RAMPS[RopeScaling.llama3]]
         problems += [f"{key} of the llama3 rope is missing" for key in wanted if rope.get(key) is None]
         return settings | {f"rope_{key}": rope[key] for key in wanted if rope.get(key) is not None}
     if isinstance(context, int) and isinstance(original, int) and context == original:
@@ -241,7 +246,8 @@ def _scaling_settings(
     if kind == "yarn":
         if rope.get("truncate") not in (None, True):
             problems.append(f"truncate of the yarn rope is {rope['truncate']!r}, only true is supported")
-        settings |= {f"rope_{key}": rope[key] for key in ("beta_fast", "beta_slow") if rope.get(key)}
+        ramp = [ROPE_KEY_OF[name] for name in RAMPS[RopeScaling.yarn]]
+        settings |= {f"rope_{key}": rope[key] for key in ramp if rope.get(key)}
         settings["rope_attention_factor"] = _attention_factor(rope, problems=problems)
     return settings
 
@@ -279,7 +285,6 @@ def hugging_face_config(
         UserError: no family has this combination.
     """
     family = _family(model)
-    heads, width = model.num_heads, model.head_dim or model.hidden_size // model.num_heads
     context = model.max_seq_len
     if model.rope_scaling is RopeScaling.dynamic:
         # transformers takes the context before it is stretched from here.
@@ -288,8 +293,8 @@ def hugging_face_config(
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         **{theirs: getattr(model, ours) for theirs, ours in (SIZES | OTHERS).items()},
-        "num_key_value_heads": model.num_kv_heads or heads,
-        "head_dim": width,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_width,
         "max_position_embeddings": context,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
@@ -326,22 +331,12 @@ def _family(model: ModelConfig) -> str:
 
 
 def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
-    kind, factor = model.rope_scaling, model.rope_scaling_factor
+    kind = model.rope_scaling
     if kind is RopeScaling.none:
         return None
-    rope: dict[str, Any] = {"rope_type": kind.value, "factor": factor}
-    if kind in (RopeScaling.llama3, RopeScaling.yarn):
-        rope["original_max_position_embeddings"] = model.rope_original_max_seq_len
-    if kind is RopeScaling.llama3:
-        rope |= {
-            "low_freq_factor": model.rope_low_freq_factor,
-            "high_freq_factor": model.rope_high_freq_factor,
-        }
-    if kind is RopeScaling.yarn:
-        rope |= {"beta_fast": model.rope_beta_fast, "beta_slow": model.rope_beta_slow}
-        if model.rope_attention_factor is not None:
-            rope["attention_factor"] = model.rope_attention_factor
-    return rope
+    values = {ROPE_KEY_OF[name]: getattr(model, name) for name in SETTINGS[kind]}
+    kept = {key: value for key, value in values.items() if key in ROPE_KEYS[kind.value] and value is not None}
+    return {"rope_type": kind.value, **kept}
 
 
 def same_model(one: ModelConfig, other: ModelConfig) -> list[str]:

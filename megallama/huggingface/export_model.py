@@ -18,6 +18,7 @@ from megallama.checkpoint.format.model_identity import model_of_identity
 from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.config.load import load_yaml
 from megallama.config.schema import Dtype, ModelConfig
+from megallama.host.dtypes import FLOATS, dtype_name
 from megallama.host.errors import UserError
 from megallama.huggingface.config import hugging_face_config, model_from_hugging_face, same_model
 from megallama.huggingface.model_folder import (
@@ -32,7 +33,7 @@ from megallama.huggingface.names import Made, canonical_tensors, hugging_face_te
 from megallama.huggingface.safetensors_folder import TensorToWrite, read_json, write_safetensors
 from megallama.huggingface.tokenizer import write_tokenizer_config
 
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMATS = {kind.value: FLOATS[kind.full_name] for kind in Dtype if kind is not Dtype.fp64}
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
@@ -81,7 +82,7 @@ def export_model(
         tokenizer = write_tokenizer_config(folder) if copied else None
         if tokenizer and tokenizer.warning:
             log(tokenizer.warning)
-        named = str(chosen).removeprefix("torch.")
+        named = dtype_name(chosen)
         if original is None:
             bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
             config = hugging_face_config(model, dtype=named, bos_id=bos_id, eos_id=eos_id)
@@ -140,9 +141,9 @@ def _format(reader: CheckpointReader, run: Path, asked: str | None) -> torch.dty
             raise UserError(f"--dtype ({asked}) is not a format: use one of {', '.join(FORMATS)}")
         return FORMATS[asked]
     source = reader.state.get("source")
-    if isinstance(source, dict) and source.get("dtype") in ("float32", "bfloat16", "float16"):
-        found: torch.dtype = getattr(torch, source["dtype"])
-        return found
+    imported = FLOATS.get(str(source.get("dtype"))) if isinstance(source, dict) else None
+    if imported is not None and imported in FORMATS.values():
+        return imported
     if not (run / "config.yaml").is_file():
         return torch.float32
     trained = load_yaml(run / "config.yaml").precision.dtype

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megallama.checkpoint.format.disk import fsync_directory, writing
+from megallama.checkpoint.format.disk import writing
 from megallama.host.errors import UserError
+from megallama.host.files import fsync_folder
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 KEPT_FOLDER = "huggingface"
@@ -38,11 +39,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            fsync_directory(temporary)
+            fsync_folder(temporary)
             if os.path.lexists(path):  # made by somebody else meanwhile; rename would replace an empty folder
                 raise UserError(f"{path} exists already: give a new folder, or move the old one away")
             os.rename(temporary, path)
-            fsync_directory(path.parent)
+            fsync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

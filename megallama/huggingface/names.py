@@ -35,16 +35,13 @@ def canonical_tensors(model: ModelConfig) -> dict[str, Made]:
     """Our tensors out of Hugging Face's."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     rows = padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple)
-    width = model.head_dim or hidden // model.num_heads
+    width = model.head_width
     made = {"embedding.word_embeddings.weight": Made((rows, hidden), (Rows(EMBEDDING, 0, model.vocab_size),))}
     for layer in range(model.num_layers):
         ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
         whole = {
             "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight", (hidden,)),
-            "self_attention.linear_proj.weight": (
-                "self_attn.o_proj.weight",
-                (hidden, model.num_heads * width),
-            ),
+            "self_attention.linear_proj.weight": ("self_attn.o_proj.weight", (hidden, model.query_width)),
             "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight", (hidden,)),
             "mlp.linear_fc1.weight_w": ("mlp.gate_proj.weight", (ffn, hidden)),
             "mlp.linear_fc1.weight_v": ("mlp.up_proj.weight", (ffn, hidden)),
@@ -56,7 +53,7 @@ def canonical_tensors(model: ModelConfig) -> dict[str, Made]:
         for name, (source, shape) in whole.items():
             made[f"{ours}.{name}"] = Made(shape, (Rows(f"{theirs}.{source}", 0, shape[0]),))
         for kind in ("weight", "bias") if model.qkv_bias else ("weight",):
-            parts = _fused_rows(model, f"{theirs}.self_attn", kind, width)
+            parts = _fused_rows(model, f"{theirs}.self_attn", kind)
             height = sum(part.count for part in parts)
             shape = (height, hidden) if kind == "weight" else (height,)
             made[f"{ours}.self_attention.linear_qkv.{kind}"] = Made(shape, parts)
@@ -66,9 +63,9 @@ def canonical_tensors(model: ModelConfig) -> dict[str, Made]:
     return made
 
 
-def _fused_rows(model: ModelConfig, prefix: str, kind: str, width: int) -> tuple[Rows, ...]:
+def _fused_rows(model: ModelConfig, prefix: str, kind: str) -> tuple[Rows, ...]:
     """Rows of the fused matrix: for each key/value head its query heads, the key, the value."""
-    groups = model.num_kv_heads or model.num_heads
+    groups, width = model.kv_heads, model.head_width
     queries = model.num_heads // groups * width
     parts = []
     for group in range(groups):

@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from megallama.checkpoint.format.boxes import Ints
 from megallama.checkpoint.format.disk import write_all, writing
 from megallama.checkpoint.format.regions import bytes_of
+from megallama.host.dtypes import FLOATS, dtype_name
 from megallama.host.errors import UserError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": FLOATS["float32"], "F16": FLOATS["float16"], "BF16": FLOATS["bfloat16"]}
 """Formats that are read and written, by their names in a file."""
 
 _PLAIN_NAME = re.compile(r"[\w.-]+\.safetensors")
@@ -216,9 +217,7 @@ def _write_file(path: Path, tensors: Mapping[str, TensorToWrite], *, dtype: torc
             for block in tensor.blocks():
                 cast = block.to(dtype)
                 if not cast.isfinite().all() and block.isfinite().all():
-                    raise UserError(
-                        f"{name} has values beyond {str(dtype).removeprefix('torch.')}: use --dtype bf16"
-                    )
+                    raise UserError(f"{name} has values beyond {dtype_name(dtype)}: use --dtype bf16")
                 written += cast.numel()
                 write_all(fd, bytes_of(cast.contiguous()))
             assert written == math.prod(tensor.shape), name

@@ -14,6 +14,7 @@ from megallama.checkpoint.format.model_identity import check_model, model_identi
 from megallama.checkpoint.format.record import JSON
 from megallama.config.same_model import WITHOUT_WEIGHTS
 from megallama.config.schema import ModelConfig
+from megallama.host.dtypes import dtype_name
 from megallama.host.errors import UserError
 from megallama.huggingface.config import model_from_hugging_face
 from megallama.huggingface.model_folder import CONFIG_FILE
@@ -97,7 +98,7 @@ class HuggingFaceWeights(SafetensorsFolder):
         """The format that holds every tensor exactly."""
         used = {dtype for name, dtype in self.dtypes.items() if not _BUFFERS.fullmatch(name)}
         chosen = used.pop() if len(used) == 1 else torch.float32
-        return str(chosen).removeprefix("torch.")
+        return dtype_name(chosen)
 
 
 def load_hugging_face(

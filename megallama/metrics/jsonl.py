@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megallama.host.files import replacing
+
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
@@ -49,25 +51,20 @@ class StepLines:
 
     def _cut_after(self, path: Path, *, step: int) -> None:
         """Rewrite the file with the steps up to `step`; a crash on the way leaves the old file."""
-        partial = path.with_name(path.name + ".partial")
         damaged: dict[int, bytes] = {}
-        with partial.open("wb") as kept:
+        with replacing(path) as kept:
             for number, (line, row) in enumerate(_complete_lines(path), start=1):
                 if row is None or not self._is_ours(row):
                     damaged[number] = line
                 elif row[STEP] <= step:
                     kept.write(line)
-            kept.flush()
-            os.fsync(kept.fileno())
-        if damaged:
-            self._treat_damaged(path, damaged)
-        os.replace(partial, path)
+            if damaged:
+                self._treat_damaged(path, damaged)
 
     def _is_ours(self, row: Mapping[str, Any]) -> bool:
         return True
 
     def _treat_damaged(self, path: Path, damaged: Mapping[int, bytes]) -> None:
-        path.with_name(path.name + ".partial").unlink()
         raise ValueError(f"{_named(list(damaged))} cannot be read")
 
 

@@ -8,13 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from megallama.config.schema import Dtype
+from megallama.host.dtypes import FLOATS
 
-TORCH_DTYPE = {
-    Dtype.fp32: torch.float32,
-    Dtype.bf16: torch.bfloat16,
-    Dtype.fp16: torch.float16,
-    Dtype.fp64: torch.float64,
-}
 MEASURED = "measured matmul"
 
 
@@ -110,8 +105,8 @@ def measured_peak(device: torch.device, *, dtype: Dtype, seconds: float = 0.1) -
 
 def _best_product_s(size: int, *, device: torch.device, dtype: Dtype, seconds: float) -> float:
     """Shortest time of a product of this size, in `seconds` of trying; at least two, to warm up."""
-    a = torch.randn(size, size, device=device).to(TORCH_DTYPE[dtype])
-    b = torch.randn(size, size, device=device).to(TORCH_DTYPE[dtype])
+    a = torch.randn(size, size, device=device).to(FLOATS[dtype.full_name])
+    b = torch.randn(size, size, device=device).to(FLOATS[dtype.full_name])
     out = torch.empty_like(a)
     times_s: list[float] = []
     deadline = time.perf_counter() + seconds

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 
+from megallama.host.dtypes import dtype_name
 from megallama.topology.groups import Topology
 
 TrafficKey: TypeAlias = tuple[str, str, str]
@@ -90,7 +91,7 @@ class TrafficMeter:
                     # megatron-core sends one way of a two-stage pipeline through the group of all ranks.
                     name = "pp"
                 for tensor in _tensors(args[position]):
-                    key = (name, operation, str(tensor.dtype).removeprefix("torch."))
+                    key = (name, operation, dtype_name(tensor.dtype))
                     self._bytes[key] += tensor.numel() * tensor.element_size()
             self._depth += 1
             try:

@@ -13,8 +13,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megallama.config.schema import Dtype, ModelConfig, Recompute, RunConfig, TrainConfig
+from megallama.config.schema import Dtype, Recompute, RunConfig, TrainConfig
 from megallama.grid import padded_vocab_size, split_layers
+from megallama.host.dtypes import FLOATS
 from megallama.kernels.attention.core import choose_attention
 from megallama.kernels.norm import choose_norm
 from megallama.model.chunks import Chunks, take_output_weight
@@ -25,13 +26,6 @@ from megallama.model.rope import RotaryAngles, attention_factor, inverse_frequen
 from megallama.topology.groups import Topology
 
 log = logging.getLogger(__name__)
-
-TORCH_DTYPE = {
-    Dtype.fp32: torch.float32,
-    Dtype.bf16: torch.bfloat16,
-    Dtype.fp16: torch.float16,
-    Dtype.fp64: torch.float64,
-}
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -91,7 +85,7 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
         )
         for index in range(vp)
     ]
-    frequencies = inverse_frequencies(model, head_dim=head_dim(model), seq_len=config.train.seq_len)
+    frequencies = inverse_frequencies(model, seq_len=config.train.seq_len)
     for chunk in chunks:
         chunk.rotary_pos_emb = RotaryAngles(frequencies)
     tied_weight, tied_copy = None, None
@@ -115,24 +109,19 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
     return Stage(module=module, transformer=transformer, layout=layout, tied_copy=tied_copy)
 
 
-def head_dim(model: ModelConfig) -> int:
-    """Width of one head."""
-    return model.head_dim or model.hidden_size // model.num_heads
-
-
 def transformer_config(config: RunConfig) -> TransformerConfig:
     """megatron-core's configuration of this run; the one place where names are translated to its own."""
     model, parallel = config.model, config.parallel
-    dtype = TORCH_DTYPE[config.precision.dtype]
+    dtype = FLOATS[config.precision.dtype.full_name]
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_heads or model.num_heads,
-        kv_channels=head_dim(model),
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_width,
         # YaRN scales queries and keys; their product takes the square.
-        softmax_scale=attention_factor(model) ** 2 / math.sqrt(head_dim(model)),
+        softmax_scale=attention_factor(model) ** 2 / math.sqrt(model.head_width),
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,

@@ -18,21 +18,17 @@ Attention = Literal["full", "causal"]
 
 def layer_matrix_parameters(model: ModelConfig) -> int:
     """Weights of one layer that enter a matrix product: qkv, attention output, gate, up and down."""
-    width = model.head_dim or model.hidden_size // model.num_heads
-    query = model.num_heads * width
-    key_value = (model.num_kv_heads or model.num_heads) * width
-    attention = model.hidden_size * (query + 2 * key_value) + query * model.hidden_size
+    attention = model.hidden_size * (model.qkv_width + model.query_width)
     return attention + 3 * model.hidden_size * model.ffn_hidden_size
 
 
 def layer_vector_sizes(model: ModelConfig) -> list[int]:
     """Sizes of the vectors of one layer: two norms, and where the model has them qkv bias, q norm and k norm."""
-    width = model.head_dim or model.hidden_size // model.num_heads
     sizes = [model.hidden_size, model.hidden_size]
     if model.qkv_bias:
-        sizes.append((model.num_heads + 2 * (model.num_kv_heads or model.num_heads)) * width)
+        sizes.append(model.qkv_width)
     if model.qk_norm:
-        sizes += [width, width]
+        sizes += [model.head_width] * 2
     return sizes
 
 
@@ -64,7 +60,6 @@ def train_flops_per_token(model: ModelConfig, *, seq_len: int, attention: Attent
     `full` is the convention of Megatron-LM's papers (Narayanan et al. 2021, equation 3) and PaLM's MFU;
     `causal` is what a flash kernel computes. Documents packed into one sequence count as one.
     """
-    width = model.head_dim or model.hidden_size // model.num_heads
     matrices = model.num_layers * layer_matrix_parameters(model) + model.vocab_size * model.hidden_size
     positions = float(seq_len) if attention == "full" else (seq_len + 1) / 2
-    return 6.0 * matrices + 12.0 * model.num_layers * model.num_heads * width * positions
+    return 6.0 * matrices + 12.0 * model.num_layers * model.query_width * positions

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from megallama.config.rope_scaling import yarn_attention_factor
 from megallama.config.schema import ModelConfig, RopeScaling
 from megallama.model.packing import DocumentPacking
 
 
-def inverse_frequencies(model: ModelConfig, *, head_dim: int, seq_len: int) -> torch.Tensor:
-    """Angle per position of each pair of channels, fp32 [head_dim / 2].
+def inverse_frequencies(model: ModelConfig, *, seq_len: int) -> torch.Tensor:
+    """Angle per position of each pair of channels, fp32 [head width / 2].
 
     `linear` divides every frequency by the factor (Chen et al. 2023, arXiv:2306.15595). `llama3` divides only
     wavelengths longer than the original context, keeps those shorter than a quarter of it, and interpolates
@@ -22,14 +23,14 @@ def inverse_frequencies(model: ModelConfig, *, head_dim: int, seq_len: int) -> t
 
     Args:
         model: The shape.
-        head_dim: Width of one head.
         seq_len: Length of the run's sequences in tokens; only `dynamic` asks.
     """
+    width = model.head_width
     theta, factor, original = model.rope_theta, model.rope_scaling_factor, model.rope_original_max_seq_len
     if model.rope_scaling == RopeScaling.dynamic:
         stretch = factor * max(seq_len, original) / original - (factor - 1)
-        theta *= stretch ** (head_dim / (head_dim - 2))
-    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        theta *= stretch ** (width / (width - 2))
+    frequency = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     if model.rope_scaling == RopeScaling.linear:
         return frequency / factor
     if model.rope_scaling == RopeScaling.llama3:
@@ -37,14 +38,15 @@ def inverse_frequencies(model: ModelConfig, *, head_dim: int, seq_len: int) -> t
         low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     elif model.rope_scaling == RopeScaling.yarn:
-        keep = _yarn_ramp(model, head_dim)
+        keep = _yarn_ramp(model)
     else:
         return frequency
     return keep * frequency + (1 - keep) * frequency / factor
 
 
-def _yarn_ramp(model: ModelConfig, head_dim: int) -> torch.Tensor:
-    """How much of its frequency each pair of channels keeps: 1 for fast ones, 0 for slow ones, [head_dim / 2]."""
+def _yarn_ramp(model: ModelConfig) -> torch.Tensor:
+    """How much of its frequency each pair of channels keeps: 1 for fast ones, 0 for slow ones, [head width / 2]."""
+    head_dim = model.head_width
 
     def channel(turns: float) -> float:
         """The pair of channels that turns so often in the original context; the inverse of the frequencies."""
@@ -59,12 +61,12 @@ def _yarn_ramp(model: ModelConfig, head_dim: int) -> torch.Tensor:
 
 
 def attention_factor(model: ModelConfig) -> float:
-    """What queries and keys are scaled by: 1 unless YaRN says otherwise (equation 22 of arXiv:2309.00071)."""
+    """What queries and keys are scaled by: 1 unless YaRN says otherwise."""
     if model.rope_scaling != RopeScaling.yarn:
         return 1.0
     if model.rope_attention_factor is not None:
         return model.rope_attention_factor
-    return 0.1 * math.log(model.rope_scaling_factor) + 1.0
+    return yarn_attention_factor(model.rope_scaling_factor)
 
 
 class RotaryAngles(torch.nn.Module):

@@ -20,8 +20,7 @@ from megallama.host.errors import UserError
 Traffic = dict[tuple[str, str, str], int]
 """(group, operation, format) -> bytes."""
 
-NUMPY_NAMES = {Dtype.fp32: "float32", Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp64: "float64"}
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8}
+ITEM_BYTES = {kind.full_name: kind.itemsize for kind in Dtype}
 
 ALIGNMENT = 2
 """DeepSpeed pads the flat buffer of a parameter group to a multiple of this times the ranks that share it."""
@@ -81,9 +80,9 @@ def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
     chunks = stages[place.pp :: grid.pp]
     layers = sum(chunks)
     is_first, is_last = place.pp == 0, place.pp == grid.pp - 1
-    query, key, value = _widths(config)
+    query, fused = model.query_width, model.qkv_width
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    matrices = [(query + key + value) * hidden, query * hidden, 2 * ffn * hidden, ffn * hidden] * layers
+    matrices = [fused * hidden, query * hidden, 2 * ffn * hidden, ffn * hidden] * layers
     rows = padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple)
     # A tied copy on the last stage is no parameter.
     tables = int(is_first) + int(is_last and not model.tie_embeddings)
@@ -94,23 +93,9 @@ def _holding(config: RunConfig, grid: Grid, place: Coordinates) -> _Holding:
         is_last=is_last,
         matrices=[size // grid.tp for size in matrices + [rows * hidden] * tables],
         norms=[hidden] * (2 * layers + int(is_last)),
-        head_norms=[_head_dim(config)] * (2 * layers * int(model.qk_norm)),
-        biases=[(query + key + value) // grid.tp] * (layers * int(model.qkv_bias)),
+        head_norms=[model.head_width] * (2 * layers * int(model.qk_norm)),
+        biases=[fused // grid.tp] * (layers * int(model.qkv_bias)),
     )
-
-
-def _head_dim(config: RunConfig) -> int:
-    return config.model.head_dim or config.model.hidden_size // config.model.num_heads
-
-
-def _kv_heads(config: RunConfig) -> int:
-    return config.model.num_kv_heads or config.model.num_heads
-
-
-def _widths(config: RunConfig) -> tuple[int, int, int]:
-    """Of all queries, keys and values of a token."""
-    query, key = (heads * _head_dim(config) for heads in (config.model.num_heads, _kv_heads(config)))
-    return query, key, key
 
 
 def _layers_again(config: RunConfig, layers: int) -> int:
@@ -125,7 +110,7 @@ def activation_bytes(config: RunConfig) -> int:
     """S x B x H in the format of the activations: the output of a layer for one micro-batch."""
     train = config.train
     elements = train.seq_len // config.parallel.cp * train.micro_batch_size * config.model.hidden_size
-    return elements * ITEM_BYTES[NUMPY_NAMES[config.precision.dtype]]
+    return elements * config.precision.dtype.itemsize
 
 
 def _wide(config: RunConfig) -> str:
@@ -139,7 +124,7 @@ def _add_tensor_parallel(
         return
     layers, first, last = holding.layers, int(holding.is_first), int(holding.is_last)
     again = holding.layers_again
-    dtype, activation = NUMPY_NAMES[config.precision.dtype], activation_bytes(config)
+    dtype, activation = config.precision.dtype.full_name, activation_bytes(config)
     if config.parallel.sequence_parallel:
         # A layer: forward gathers twice and scatters twice; backward gathers twice the gradients and twice the
         # inputs anew, and scatters twice. The embedding scatters and gathers; the output layer gathers twice
@@ -151,10 +136,11 @@ def _add_tensor_parallel(
     else:
         traffic["tp", "all_reduce", dtype] += m * activation * (4 * layers + 2 * again + first + last)
     traffic["tp", "all_reduce", dtype] += m * sum(holding.head_norms) * ITEM_BYTES[dtype]
-    if _kv_heads(config) < grid.tp:
+    model = config.model
+    if model.kv_heads < grid.tp:
         # Ranks that share a key/value head gather the fused qkv output and pick their heads.
         tokens = config.train.seq_len // grid.cp * config.train.micro_batch_size
-        fused = tokens * sum(_widths(config)) * ITEM_BYTES[dtype]
+        fused = tokens * model.qkv_width * ITEM_BYTES[dtype]
         traffic["tp", "all_gather", dtype] += m * fused * (layers + again)
         traffic["tp", "reduce_scatter", dtype] += m * fused * layers
     if last:
@@ -170,10 +156,10 @@ def _add_context_parallel(
     if grid.cp == 1:
         return
     model, train = config.model, config.train
-    kv_heads = max(1, _kv_heads(config) // grid.tp)
+    kv_heads = max(1, model.kv_heads // grid.tp)
     tokens = train.seq_len // grid.cp * train.micro_batch_size
-    queries, keys = (tokens * n * _head_dim(config) for n in (model.num_heads // grid.tp, kv_heads))
-    dtype, wide = NUMPY_NAMES[config.precision.dtype], _wide(config)
+    queries, keys = (tokens * n * model.head_width for n in (model.num_heads // grid.tp, kv_heads))
+    dtype, wide = config.precision.dtype.full_name, _wide(config)
     # Values are as large as keys. A forward pass that runs again moves all that it moved before.
     backwards = m * holding.layers
     is_selective = train.recompute == Recompute.selective
@@ -201,14 +187,14 @@ def _add_pipeline(
     # Every chunk but the last of all sends forward, every chunk but the first of all sends backward.
     forward = config.parallel.vp - int(place.pp == grid.pp - 1)
     backward = config.parallel.vp - int(place.pp == 0)
-    traffic["pp", "send", NUMPY_NAMES[config.precision.dtype]] += m * part * (forward + backward)
+    traffic["pp", "send", config.precision.dtype.full_name] += m * part * (forward + backward)
     traffic["pp", "all_reduce", "float64"] += 2 * 8  # loss and tokens
 
 
 def _add_zero(
     traffic: Counter[tuple[str, str, str]], config: RunConfig, grid: Grid, holding: _Holding, m: int
 ) -> None:
-    stage, dtype, wide = config.zero.stage, NUMPY_NAMES[config.precision.dtype], _wide(config)
+    stage, dtype, wide = config.zero.stage, config.precision.dtype.full_name, _wide(config)
     item, wide_item = ITEM_BYTES[dtype], ITEM_BYTES[wide]
     groups = [group for group in (holding.matrices, holding.vectors) if group]
     elements = sum(map(sum, groups))
@@ -262,5 +248,5 @@ def _add_ties(
         return
     rows = padded_vocab_size(config.model.vocab_size, multiple=config.model.vocab_multiple)
     elements = rows * config.model.hidden_size // grid.tp
-    for dtype in (_wide(config), NUMPY_NAMES[config.precision.dtype]):  # gradient, weight
+    for dtype in (_wide(config), config.precision.dtype.full_name):  # gradient, weight
         traffic["first_last", "broadcast", dtype] += elements * ITEM_BYTES[dtype]

@@ -35,6 +35,7 @@ from megallama.corpus.corpus import (
 from megallama.corpus.script import likely_language
 from megallama.corpus.script_counts import count_characters
 from megallama.host.errors import UserError
+from megallama.host.files import replacing
 from megallama.tokenizers.interface import Tokenizer
 
 UNIT_BYTES = 4 << 20
@@ -151,43 +152,36 @@ def encode_unit(
     language_bytes: Counter[str] = Counter()
     dtype = token_type(tokenizer.vocab_size)
     path.parent.mkdir(exist_ok=True)
-    being_written = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with (
-            open(being_written, "wb", buffering=1 << 20) as stream,
-            TemporaryFile(dir=path.parent, buffering=1 << 20) as table,
-        ):
-            for batch in _batches(unit, reading=reading, damaged=summary.damaged, max_damaged=max_damaged):
-                texts = [document.text for _, document in batch]
-                rows = np.empty(len(batch), dtype=_DOCUMENT)
-                for index, ids in enumerate(tokenizer.encode_batch(texts)):
-                    ids.append(tokenizer.eod_id)
-                    stream.write(np.array(ids, dtype=dtype).tobytes())
-                    number, document = batch[index]
-                    rows[index] = len(ids), draw_of(document.key, seed=seed), number, document.place
-                table.write(rows.tobytes())
-                summary.documents += len(batch)
-                summary.tokens += int(rows["length"].sum())
-                for text in texts:
-                    characters = count_characters(text)
-                    scripts.update(characters)
-                    language = likely_language(characters)
-                    language_documents[language] += 1
-                    language_bytes[language] += len(text.encode("utf-8"))
-            summary.characters = dict(sorted(scripts.items()))
-            summary.language_documents = dict(sorted(language_documents.items()))
-            summary.language_bytes = dict(sorted(language_bytes.items()))
-            summary.text_bytes = sum(language_bytes.values())
-            table.seek(0)
-            shutil.copyfileobj(table, stream)
-            content = json.dumps(asdict(summary)).encode()
-            stream.write(content)
-            stream.write(_FOOTER.pack(summary.documents, summary.tokens, len(content), _MAGIC))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(being_written, path)
-    finally:
-        being_written.unlink(missing_ok=True)
+    with (
+        replacing(path, has_rivals=True) as stream,
+        TemporaryFile(dir=path.parent, buffering=1 << 20) as table,
+    ):
+        for batch in _batches(unit, reading=reading, damaged=summary.damaged, max_damaged=max_damaged):
+            texts = [document.text for _, document in batch]
+            rows = np.empty(len(batch), dtype=_DOCUMENT)
+            for index, ids in enumerate(tokenizer.encode_batch(texts)):
+                ids.append(tokenizer.eod_id)
+                stream.write(np.array(ids, dtype=dtype).tobytes())
+                number, document = batch[index]
+                rows[index] = len(ids), draw_of(document.key, seed=seed), number, document.place
+            table.write(rows.tobytes())
+            summary.documents += len(batch)
+            summary.tokens += int(rows["length"].sum())
+            for text in texts:
+                characters = count_characters(text)
+                scripts.update(characters)
+                language = likely_language(characters)
+                language_documents[language] += 1
+                language_bytes[language] += len(text.encode("utf-8"))
+        summary.characters = dict(sorted(scripts.items()))
+        summary.language_documents = dict(sorted(language_documents.items()))
+        summary.language_bytes = dict(sorted(language_bytes.items()))
+        summary.text_bytes = sum(language_bytes.values())
+        table.seek(0)
+        shutil.copyfileobj(table, stream)
+        content = json.dumps(asdict(summary)).encode()
+        stream.write(content)
+        stream.write(_FOOTER.pack(summary.documents, summary.tokens, len(content), _MAGIC))
     return summary
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.host.errors import UserError
+from megallama.host.files import fsync_folder, write_whole
 from megallama.tokens.manifest import REPORT
 from megallama.tokens.origins import FILES
 
@@ -50,16 +51,11 @@ class WorkFolder:
         A plan on the disk says which; a preparation that is killed meanwhile is completed by the next one, which
         knows by `job`, a digest of what decides about the files, whether they are those that it would make.
         """
-        _sync_folder(self.finished)
+        fsync_folder(self.finished)
         names = sorted(path.name for path in self.finished.iterdir())
         plan = self.path / _PLAN
-        being_written = plan.with_suffix(".part")
-        with open(being_written, "w", encoding="utf-8") as stream:
-            json.dump({"job": job, "names": names}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(being_written, plan)
-        _sync_folder(self.path)
+        write_whole(plan, json.dumps({"job": job, "names": names}).encode())
+        fsync_folder(self.path)
         self.complete_publishing()
 
     def complete_publishing(self) -> str | None:
@@ -76,7 +72,7 @@ class WorkFolder:
         for path in published_files(self.output):
             if path.name not in names:
                 path.unlink()
-        _sync_folder(self.output)
+        fsync_folder(self.output)
         shutil.rmtree(self.units, ignore_errors=True)
         shutil.rmtree(self.finished, ignore_errors=True)
         plan.unlink()
@@ -154,11 +150,3 @@ def locked_work(output: Path) -> Iterator[WorkFolder]:
             work.remove()
         if made and output.is_dir() and not any(output.iterdir()):
             output.rmdir()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

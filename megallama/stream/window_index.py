@@ -13,8 +13,6 @@ import contextlib
 import fcntl
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.host.errors import UserError
+from megallama.host.files import replacing
 from megallama.stream.source import TokenSource
 
 log = logging.getLogger(__name__)
@@ -75,23 +74,15 @@ def window_starts(source: TokenSource, *, seq_len: int) -> Iterator[int]:
 
 
 def _write(path: Path, source: TokenSource, seq_len: int) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as stream:
-            part: list[int] = []
-            digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-            for start in window_starts(source, seq_len=seq_len):
-                part.append(start)
-                if len(part) == _WINDOWS_AT_ONCE:
-                    _flush(stream, part, digest)
-            _flush(stream, part, digest)
-            stream.write(digest.digest())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path, has_rivals=True) as stream:
+        part: list[int] = []
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        for start in window_starts(source, seq_len=seq_len):
+            part.append(start)
+            if len(part) == _WINDOWS_AT_ONCE:
+                _flush(stream, part, digest)
+        _flush(stream, part, digest)
+        stream.write(digest.digest())
 
 
 def _flush(stream: BinaryIO, part: list[int], digest: hashlib.blake2b) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import io
-import os
 import random
 import re
 import tempfile
@@ -23,6 +22,7 @@ from megallama.corpus.corpus import (
     stream_documents,
 )
 from megallama.host.errors import UserError
+from megallama.host.files import write_whole
 from megallama.tokenizers.interface import SPACE_MARK
 from megallama.tokenizers.load import SENTENCEPIECE_FILE
 
@@ -233,18 +233,9 @@ def _not_writable(path: Path, error: OSError) -> UserError:
 def write_model(folder: Path, model: bytes) -> Path:
     """Writes `<folder>/tokenizer.model` whole or not at all."""
     path = folder / SENTENCEPIECE_FILE
-    temporary: str | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{SENTENCEPIECE_FILE}.", dir=folder)
-        with open(descriptor, "wb") as stream:
-            stream.write(model)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives the owner alone the right to read
-        os.replace(temporary, path)
+        write_whole(path, model, has_rivals=True)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise _not_writable(path, error) from error
     return path

@@ -31,7 +31,9 @@ INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, number format, sequences, document entries."""
 # megatron-core 0.16.1, core/datasets/indexed_dataset.py, DType; floats cannot be token ids.
-_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+# megatron-core 0.16.1, core/datasets/indexed_dataset.py, DType; the other ones are refused.
+NUMBER_FORMATS = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+"""NumPy's name of the integers that each code of an index means; the digit at the end is their width in bytes."""
 _PREPARE_AGAIN = "prepare or copy it again"
 
 
@@ -172,6 +174,10 @@ def check_token_file(prefix: str | Path) -> list[str]:
     return problems
 
 
+def _item_bytes(code: int) -> int:
+    return int(NUMBER_FORMATS[code][-1])
+
+
 def _check_index(prefix: str, bin_bytes: int) -> list[str]:
     damaged = f"index {prefix}.idx is damaged"
     idx_bytes = os.path.getsize(f"{prefix}.idx")
@@ -182,7 +188,7 @@ def _check_index(prefix: str, bin_bytes: int) -> list[str]:
         magic, version, code, sequences, entries = INDEX_HEADER.unpack(head)
         if magic != INDEX_MAGIC or version != 1:
             return [f"{damaged} (it does not begin as an index of version 1): {_PREPARE_AGAIN}"]
-        if code not in _ITEM_BYTES:
+        if code not in NUMBER_FORMATS:
             return [f"{damaged} (number format {code} is none of token ids): {_PREPARE_AGAIN}"]
         plain = INDEX_HEADER.size + 12 * sequences + 8 * entries
         # Multimodal files have one more byte for each sequence.
@@ -197,7 +203,7 @@ def _check_index(prefix: str, bin_bytes: int) -> list[str]:
         return [
             f"{damaged} (its last document ends at sequence {last_entry} of {sequences}): {_PREPARE_AGAIN}"
         ]
-    needed = pointer + length * _ITEM_BYTES[code]
+    needed = pointer + length * _item_bytes(code)
     if needed == 0:
         return [f"token file {prefix} is empty (0 tokens): prepare it from files that hold text"]
     if bin_bytes < needed:
@@ -241,7 +247,7 @@ def _check_manifest(prefix: str, manifest: TokenManifest | None) -> list[str]:
     pairs: dict[str, tuple[int, int]] = {
         "bytes of .bin": (bin_bytes, manifest.bin_bytes),
         "documents": (entries - 1, manifest.documents),
-        "tokens": (bin_bytes // _ITEM_BYTES[code], manifest.tokens),
+        "tokens": (bin_bytes // _item_bytes(code), manifest.tokens),
     }
     return [
         f"token file {prefix} disagrees with its manifest ({name}: {found}, not {stated}): {_PREPARE_AGAIN}"

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from megallama.host.errors import ConfigError, UserError
 from megallama.tokens.manifest import (
     INDEX_HEADER,
+    NUMBER_FORMATS,
     TokenManifest,
     check_token_file,
     content_identity,
@@ -31,8 +32,6 @@ from megallama.tokens.manifest import (
 )
 
 _HEADER_BYTES = INDEX_HEADER.size
-# megatron-core 0.16.1, core/datasets/indexed_dataset.py, DType; `check_token_file` refuses the other ones.
-_NUMBER_FORMATS = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _TOKENS, _INDEX = 0, 1
 """Places of the two files of a pair."""
 _DOCUMENTS_AT_ONCE = 1 << 16
@@ -66,7 +65,7 @@ class TokenFile:
         self.manifest: TokenManifest | None = read_manifest(prefix)
         tokens, index = _mapped(f"{prefix}.bin"), _mapped(f"{prefix}.idx")
         _, _, code, sequences, entries = INDEX_HEADER.unpack(index[:_HEADER_BYTES])
-        self._dtype = np.dtype(_NUMBER_FORMATS[code])
+        self._dtype = np.dtype(NUMBER_FORMATS[code])
         # A document of Megatron's may be several sequences (sentences); they stand one after another in .bin.
         after_lengths = _HEADER_BYTES + 4 * sequences
         self._pointers = np.frombuffer(index, "<i8", count=sequences, offset=after_lengths)

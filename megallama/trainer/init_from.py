@@ -7,12 +7,12 @@ from pathlib import Path
 from megallama.checkpoint.format.model_identity import model_differences, model_identity
 from megallama.checkpoint.format.protocol import (
     check_sizes,
+    checkpoints_below,
     find_checkpoints,
     is_checkpoint,
     is_complete,
     read_index,
     read_manifest,
-    step_name,
 )
 from megallama.checkpoint.format.record import JSON, damage_at
 from megallama.config.same_model import WITHOUT_WEIGHTS
@@ -54,7 +54,7 @@ def source_problems(path: Path, *, model: ModelConfig, own: Path) -> list[str]:
 
 def is_hugging_face_source(path: Path) -> bool:
     """Whether `path` names a Hugging Face model rather than checkpoints, which go before."""
-    return is_hugging_face(path) and not is_checkpoint(path) and not _checkpoints_at(path)
+    return is_hugging_face(path) and not is_checkpoint(path) and not checkpoints_below(path)
 
 
 def _identity_of_checkpoint(path: Path) -> dict[str, JSON]:
@@ -72,20 +72,11 @@ def _identity_of_folder(path: Path, model: ModelConfig) -> dict[str, JSON]:
         return model_identity(there)
 
 
-def _checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoints of a run folder, or of a folder of checkpoints, the newest first."""
-    for directory in (path / "checkpoints", path):
-        steps = find_checkpoints(directory)
-        if steps:
-            return [directory / step_name(step) for step in reversed(steps)]
-    return []
-
-
 def _candidate(path: Path) -> Path:
     """The checkpoint itself, or the newest of a run folder whose files are all there."""
     if is_checkpoint(path):
         return path
-    paths = _checkpoints_at(path)
+    paths = checkpoints_below(path)[::-1]
     if paths:
         return next((candidate for candidate in paths if is_complete(candidate)), paths[0])
     raise UserError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megallama.host.errors import UserError
+from megallama.host.files import replacing, write_whole
 from megallama.stream.ledger import LEDGER_FILE
 from megallama.tokenizers.load import SIDE_FILES
 
@@ -89,7 +90,7 @@ class RunFolder:
     def write_start(self, *, config_yaml: str, tokenizer: Path | None) -> None:
         """Write the configuration, and copy the tokenizer so that the folder is whole without its sources."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_whole(self.config_file, config_yaml.encode())
+        write_whole(self.config_file, config_yaml.encode())
         if tokenizer is not None:
             self.copy_tokenizer(tokenizer)
 
@@ -103,9 +104,8 @@ class RunFolder:
         beside = {name: source.with_name(name) for name in SIDE_FILES}
         for copy, original in {target.name: source, **beside}.items():
             if original.is_file():
-                partial = target.with_name(copy + ".partial")
-                shutil.copyfile(original, partial)
-                os.replace(partial, target.with_name(copy))
+                with original.open("rb") as old, replacing(target.with_name(copy)) as new:
+                    shutil.copyfileobj(old, new)
 
     def write_ledger(self, ledger: dict[str, Any]) -> None:
         """Write what `megallama data trace` reads.
@@ -114,18 +114,8 @@ class RunFolder:
             UserError: the disk is full or the folder cannot be written.
         """
         try:
-            _write_whole(self.ledger_file, json.dumps(ledger, ensure_ascii=False, indent=1).encode())
+            write_whole(self.ledger_file, json.dumps(ledger, ensure_ascii=False, indent=1).encode())
         except OSError as error:
             raise UserError(
                 f"{self.ledger_file} cannot be written ({error.strerror}): free some space there"
             ) from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write so that a crash leaves the old file or the new one, never half of one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

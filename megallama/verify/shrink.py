@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from enum import Enum
 
-from megallama.config.schema import ContextKind, RopeScaling, RunConfig, Schedule
+from megallama.config.rope_scaling import SETTINGS
+from megallama.config.schema import ContextKind, RunConfig, Schedule
 from megallama.verify.layouts import Layout, change
 
 HEAD_DIM = 8
@@ -29,7 +30,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     width = math.lcm(*tps)
     model = config.model
     kv_heads = _kv_heads(config, cuts)
-    heads = kv_heads * (model.num_heads // (model.num_kv_heads or model.num_heads))
+    heads = kv_heads * (model.num_heads // model.kv_heads)
     vocab_multiple = 16 * width
     is_padded = model.vocab_size % model.vocab_multiple != 0
     vocab_size = 4 * vocab_multiple - (5 if is_padded else 0)
@@ -77,7 +78,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout], *, steps: int) -> RunCo
     if config.optim.schedule == Schedule.wsd:
         sizes["optim.decay_steps"] = min(max(1, config.optim.decay_steps), steps - 1)
         sizes["optim.warmup_steps"] = 0
-    if model.rope_scaling not in (RopeScaling.none, RopeScaling.linear):
+    if "rope_original_max_seq_len" in SETTINGS[model.rope_scaling]:
         # Wavelengths fall on both sides of the change, as in the large model.
         sizes["model.rope_original_max_seq_len"] = seq_len // 2
     else:
@@ -109,7 +110,7 @@ def _kv_heads(config: RunConfig, cuts: Sequence[RunConfig]) -> int:
 
     Under ulysses they must do so over tp x cp, and the query heads that belong to them must divide over it.
     """
-    kv_heads = config.model.num_kv_heads or config.model.num_heads
+    kv_heads = config.model.kv_heads
     ratio = config.model.num_heads // kv_heads
     tps = [cut.parallel.tp for cut in cuts]
     exchanges = [

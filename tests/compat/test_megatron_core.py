@@ -3,16 +3,39 @@
 import ast
 import importlib
 import inspect
+from importlib.metadata import version
 
 import pytest
 import torch
 
-from megallama.compat.megatron_core import MODULES, install_cpu_stand_ins
+from megallama.compat.megatron_core import (
+    MODULES,
+    VERSION,
+    _current_rng_state,
+    _restore_rng_state,
+    install_cpu_stand_ins,
+)
 
 
 @pytest.fixture(autouse=True)
 def installed():
     install_cpu_stand_ins()
+
+
+def test_the_version_is_the_one_that_was_read():
+    assert version("megatron-core") == VERSION, "read compat/megatron_core.py against the new version"
+
+
+def test_random_streams_still_go_through_private_functions():
+    """The tracker of a GPU's streams takes and sets their state by these two; both mean the CPU's here."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    source = inspect.getsource(random.CudaRNGStatesTracker)
+    assert "_get_cuda_rng_state(" in source and "_set_cuda_rng_state(" in source
+    assert (
+        random._get_cuda_rng_state is _current_rng_state and random._set_cuda_rng_state is _restore_rng_state
+    )
+    checkpoint = inspect.getsource(random.CheckpointFunction) + inspect.getsource(random._set_all_rng_states)
+    assert "torch.set_rng_state" in checkpoint, "the CPU's state is not set beside the GPU's: drop `no_state`"
 
 
 def test_torch_itself_is_untouched():

@@ -7,7 +7,7 @@ import torch
 
 from megallama.config.load import load_config
 from megallama.host.launch import read_launch_environment
-from megallama.model.build import build_model, head_dim
+from megallama.model.build import build_model
 from megallama.model.counts import count_parameters
 from megallama.model.rope import attention_factor, inverse_frequencies
 from megallama.topology.connect import connect
@@ -130,7 +130,7 @@ def test_rotary_frequencies_equal_transformers(name):
     peer = LlamaConfig(
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
-        head_dim=head_dim(model),
+        head_dim=model.head_width,
         max_position_embeddings=model.max_seq_len,
         rope_parameters={**parameters, "rope_theta": model.rope_theta},
     )
@@ -139,6 +139,6 @@ def test_rotary_frequencies_equal_transformers(name):
             wanted = LlamaRotaryEmbedding(peer).inv_freq, 1.0
         else:
             wanted = ROPE_INIT_FUNCTIONS[kind](peer, seq_len=seq_len)
-        got = inverse_frequencies(model, head_dim=head_dim(model), seq_len=seq_len)
+        got = inverse_frequencies(model, seq_len=seq_len)
         assert torch.allclose(got, wanted[0], rtol=1e-6, atol=0)
         assert attention_factor(model) == pytest.approx(wanted[1])

@@ -2,11 +2,15 @@
 
 A field counts as read where its value is loaded from something whose type is known to be its section: an annotated
 parameter or attribute, what was assigned from one, or an element of a list of sections. Names alone do not count:
-many things have an attribute called `name` or `path`.
+many things have an attribute called `name` or `path`. A property of a section
+is no setting; reading one counts for the fields that it is made of.
 """
 
 import ast
 import dataclasses
+import functools
+import inspect
+import textwrap
 import typing
 
 import pytest
@@ -135,8 +139,23 @@ class Reader(ast.NodeVisitor):
     def visit_Attribute(self, node):
         section = self.type_of(node.value)
         if isinstance(node.ctx, ast.Load) and section in TYPES:
-            self.read.add(f"{section.__name__}.{node.attr}")
+            self.read |= {f"{section.__name__}.{name}" for name in behind(section, node.attr)}
         self.generic_visit(node)
+
+
+@functools.cache
+def behind(section, name):
+    """The fields that reading `name` reads: itself, or what a derived property of the section is made of."""
+    found = vars(section).get(name)
+    if not isinstance(found, property):
+        return {name}
+    tree = ast.parse(textwrap.dedent(inspect.getsource(found.fget)))
+    return {
+        field
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
+        for field in behind(section, node.attr)
+    }
 
 
 def element(found):
@@ -212,6 +231,11 @@ def test_a_field_that_nobody_reads_is_found(without, lost):
             {"OptimConfig.lr"},
         ),
         ("class A:\n    c: OptimConfig\n    def g(self): return self.c.lr", {"OptimConfig.lr"}),
+        ("def f(m: ModelConfig): return m.kv_heads", {"ModelConfig.num_kv_heads", "ModelConfig.num_heads"}),
+        (
+            "def f(m: ModelConfig): return m.query_width",  # made of another property
+            {"ModelConfig.num_heads", "ModelConfig.head_dim", "ModelConfig.hidden_size"},
+        ),
         ("def f(config): return config.optim.lr", set()),
         ("def f(config: Other): return config.optim.lr", set()),
         ("def f(optim: OptimConfig):\n    optim = 1\n    return optim.lr", set()),

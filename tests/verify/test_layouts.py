@@ -128,8 +128,8 @@ def test_shrinking_keeps_the_structure(exp):
     layouts = default_layouts(config) + parse_layouts("tp=4,sp=true,dp=2;pp=4,vp=2")
     small = shrunk(config, layouts)
     big, model = config.model, small.model
-    ratio = big.num_heads // (big.num_kv_heads or big.num_heads)
-    assert model.num_heads // (model.num_kv_heads or model.num_heads) == ratio
+    ratio = big.num_heads // big.kv_heads
+    assert model.num_heads // model.kv_heads == ratio
     assert (model.num_kv_heads is None) == (big.num_kv_heads is None)
     assert model.tie_embeddings == big.tie_embeddings and model.rope_scaling == big.rope_scaling
     assert (model.vocab_size % model.vocab_multiple == 0) == (big.vocab_size % big.vocab_multiple == 0)
@@ -150,9 +150,7 @@ def test_shrinking_leaves_ulysses_heads_to_exchange(exp, text):
     ranks = parallel.tp * parallel.cp
     few, many = small.model, config.model
     assert few.num_heads % ranks == 0
-    assert ((few.num_kv_heads or few.num_heads) % ranks == 0) == (
-        (many.num_kv_heads or many.num_heads) % ranks == 0
-    )
+    assert (few.kv_heads % ranks == 0) == (many.kv_heads % ranks == 0)
 
 
 @pytest.mark.parametrize("text", ["dp=2,gbs=5", "cp=2,train.seq_len=64"])

@@ -68,15 +68,6 @@ def write_file(path: Path, raw: bytes) -> FileRecord:
     return FileRecord(len(raw), digest.hexdigest())
 
 
-def fsync_directory(path: Path) -> None:
-    """Waits until the names in `path` are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 @contextmanager
 def reading(path: Path) -> Iterator[int]:
     """File descriptor of the regular file `path`; a symbolic link is refused, it could lead anywhere.

@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from megallama.checkpoint.format.disk import file_problem
 from megallama.checkpoint.format.protocol import (
+    checkpoints_below,
     extra_files,
     find_checkpoints,
     is_checkpoint,
+    no_checkpoint,
     put_back_replaced,
     read_index,
     read_manifest,
@@ -47,15 +49,13 @@ def latest_checkpoint(
             not be read or is of a newer format.
     """
     ranks = Ranks(group)
-    return _newest_intact(directory, ranks.first(lambda: _steps(directory)), log=log, ranks=ranks)
+    paths = [directory / step_name(step) for step in ranks.first(lambda: _steps(directory))]
+    return _newest_intact(paths, log=log, ranks=ranks)
 
 
-def _newest_intact(
-    directory: Path, steps: list[int], *, log: Callable[[str], None], ranks: Ranks
-) -> Path | None:
+def _newest_intact(paths: list[Path], *, log: Callable[[str], None], ranks: Ranks) -> Path | None:
     damaged = []
-    for step in reversed(steps):
-        path = directory / step_name(step)
+    for path in reversed(paths):
         problems = _shared_problems(path, ranks)
         if not problems:
             return path
@@ -64,7 +64,7 @@ def _newest_intact(
             log(f"checkpoint {path} is damaged ({'; '.join(problems)}): skipped")
     if damaged:
         raise UserError(
-            f"no intact checkpoint in {directory} (damaged: {', '.join(damaged)}): restore one,"
+            f"no intact checkpoint in {paths[0].parent} (damaged: {', '.join(damaged)}): restore one,"
             " or move the directory away to start from the beginning"
         )
     return None
@@ -83,12 +83,10 @@ def locate_checkpoint(
     ranks = Ranks(group)
     if ranks.first(lambda: is_checkpoint(path)):
         return path
-    for directory in (path / "checkpoints", path):
-        steps = ranks.first(partial(find_checkpoints, directory))
-        found = _newest_intact(directory, steps, log=log, ranks=ranks)
-        if found is not None:
-            return found
-    raise UserError(f"no checkpoint at {path}: give a step-... directory or the train.run_dir of a run")
+    found = _newest_intact(ranks.first(partial(checkpoints_below, path)), log=log, ranks=ranks)
+    if found is None:
+        raise no_checkpoint(path)
+    return found
 
 
 def intact_checkpoint(

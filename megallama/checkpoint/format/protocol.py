@@ -12,7 +12,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from megallama.checkpoint.format.disk import fsync_directory, read_file, write_file
+from megallama.checkpoint.format.disk import read_file, write_file
 from megallama.checkpoint.format.record import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -25,6 +25,7 @@ from megallama.checkpoint.format.record import (
     new_digest,
 )
 from megallama.host.errors import DamagedError, UserError
+from megallama.host.files import fsync_folder
 
 _STEP = re.compile(r"step-(\d{8,})", re.ASCII)
 _TEMPORARY = re.compile(r"\.tmp-step-\d{8,}-[0-9a-f]{8}", re.ASCII)
@@ -55,6 +56,20 @@ def find_checkpoints(directory: Path) -> list[int]:
         if is_step_name(path.name) and path.is_dir():
             steps.append(int(path.name.removeprefix("step-")))
     return sorted(steps)
+
+
+def checkpoints_below(path: Path) -> list[Path]:
+    """The checkpoints of a run folder, or of a folder of checkpoints, ascending; none where there are none."""
+    for directory in (path / "checkpoints", path):
+        steps = find_checkpoints(directory)
+        if steps:
+            return [directory / step_name(step) for step in steps]
+    return []
+
+
+def no_checkpoint(path: Path) -> UserError:
+    """Where `path` should have led to a checkpoint."""
+    return UserError(f"no checkpoint at {path}: give a step-... directory or the train.run_dir of a run")
 
 
 def read_manifest(path: Path) -> CheckpointManifest:
@@ -137,7 +152,7 @@ def put_back_replaced(directory: Path) -> None:
 def write_manifest(temporary: Path, manifest: CheckpointManifest) -> FileRecord:
     """Writes the manifest, the last file of a checkpoint, and waits for all names to be on the disk."""
     record = write_file(temporary / MANIFEST_FILE, encode_manifest(manifest))
-    fsync_directory(temporary)
+    fsync_folder(temporary)
     return record
 
 
@@ -154,7 +169,7 @@ def publish(temporary: Path, *, step: int) -> Path:
     except OSError:
         put_back_replaced(directory)
         raise
-    fsync_directory(directory)
+    fsync_folder(directory)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
     return path

@@ -19,6 +19,7 @@ import torch
 from blake3 import blake3
 
 from megallama.checkpoint.format.boxes import Ints, cover_problem
+from megallama.host.dtypes import FLOATS, dtype_name
 from megallama.host.errors import DamagedError, UserError
 
 JSON: TypeAlias = Any
@@ -29,12 +30,6 @@ ALGORITHMS = {1: "blake2b", 2: "blake3"}
 """The digest of every version that is read, by its key in the manifest; the newest version is written."""
 MANIFEST_FILE, INDEX_FILE = "manifest.json", "index.json"
 ALIGNMENT_BYTES = 64
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 _DATA_FILE = re.compile(r"rank-(\d{5,})\.bin", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -196,11 +191,10 @@ def _decode_file(name: str, entry: JSON, algorithm: str) -> FileRecord:
 
 def encode_index(tensors: Mapping[str, TensorRecord]) -> bytes:
     """The bytes of `index.json`, one line a tensor."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
     lines = []
     for key, tensor in sorted(tensors.items()):
         boxes = [[b.file, b.position_bytes, b.offset, b.shape] for b in tensor.boxes]
-        entry = {"dtype": names[tensor.dtype], "shape": tensor.shape, "boxes": boxes}
+        entry = {"dtype": dtype_name(tensor.dtype), "shape": tensor.shape, "boxes": boxes}
         lines.append(f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(entry, separators=(',', ':'))}")
     return ('{"tensors": {\n' + ",\n".join(lines) + "\n}}\n").encode()
 
@@ -214,7 +208,7 @@ def decode_index(raw: bytes, *, files: Mapping[str, FileRecord]) -> dict[str, Te
     tensors = {}
     for key, entry in _mapping(_json_object(raw, INDEX_FILE), "tensors").items():
         fields = entry if isinstance(entry, dict) else {}
-        dtype, boxes = DTYPES.get(str(fields.get("dtype"))), fields.get("boxes")
+        dtype, boxes = FLOATS.get(str(fields.get("dtype"))), fields.get("boxes")
         if dtype is None or not _is_shape(fields.get("shape")) or not isinstance(boxes, list):
             _damaged(f"entry of {key} is malformed", INDEX_FILE)
         records = tuple(_decode_box(key, box, dtype, files) for box in boxes)

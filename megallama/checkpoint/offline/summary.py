@@ -8,12 +8,12 @@ from typing import Any
 
 from megallama.checkpoint.format.disk import reading
 from megallama.checkpoint.format.protocol import (
-    find_checkpoints,
+    checkpoints_below,
     is_checkpoint,
+    no_checkpoint,
     read_index,
     read_manifest,
     size_problems,
-    step_name,
 )
 from megallama.checkpoint.format.record import MANIFEST_FILE
 from megallama.host.errors import UserError
@@ -44,11 +44,10 @@ def checkpoints_at(path: Path) -> list[Path]:
     """
     if is_checkpoint(path) and path.is_dir():
         return [path]
-    for directory in (path / "checkpoints", path):
-        steps = find_checkpoints(directory)
-        if steps:
-            return [directory / step_name(step) for step in steps]
-    raise UserError(f"no checkpoint at {path}: give a step-... directory or the train.run_dir of a run")
+    found = checkpoints_below(path)
+    if not found:
+        raise no_checkpoint(path)
+    return found
 
 
 def summarize(path: Path) -> Summary:

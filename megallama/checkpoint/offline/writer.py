@@ -15,7 +15,6 @@ from megallama.checkpoint.format.boxes import DEFAULT_CAP_ELEMENTS, Ints, cover_
 from megallama.checkpoint.format.disk import free_bytes, no_space_text, write_file, writing
 from megallama.checkpoint.format.protocol import publish, start_temporary, step_name, write_manifest
 from megallama.checkpoint.format.record import (
-    DTYPES,
     INDEX_FILE,
     JSON,
     BoxRecord,
@@ -26,6 +25,7 @@ from megallama.checkpoint.format.record import (
     encode_index,
     plain_json,
 )
+from megallama.host.dtypes import FLOATS
 from megallama.host.errors import UserError
 
 FILE_BYTES = 4 * 1024**3
@@ -100,7 +100,7 @@ class CheckpointWriter:
         Parts may come in any order, and those of several tensors mixed; at the end they must be exactly the tensors.
         """
         assert self._temporary is not None, "used outside of its with block"
-        assert box.dtype in DTYPES.values(), f"{key}: {box.dtype} has no place in a checkpoint"
+        assert box.dtype in FLOATS.values(), f"{key}: {box.dtype} has no place in a checkpoint"
         shape, dtype, boxes = self._tensors.setdefault(key, (tuple(whole), box.dtype, []))
         assert (shape, dtype) == (tuple(whole), box.dtype), f"{key}: parts disagree about shape or dtype"
         with writing(self._temporary, needed_bytes=self._size_bytes or box.nbytes):

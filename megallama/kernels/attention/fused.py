@@ -1,8 +1,8 @@
 """Attention over one square or rectangle with its log-sum-exp, by the fused kernel of each device.
 
 Partial results over parts of the keys can be merged only with the log-sum-exp, which
-`torch.nn.functional.scaled_dot_product_attention` does not return; the aten operators below it do. They are
-private to torch: `tests/kernels/attention/test_fused.py` fails when a new version changes them (written against 2.13).
+`torch.nn.functional.scaled_dot_product_attention` does not return; the operators below it do. They are private to
+torch (compat/torch.py): `tests/kernels/attention/test_fused.py` fails when a new version changes them.
 
 Shapes: B sequences, N query heads, K key/value heads (N a multiple of K), S queries, T keys, D head width;
 U tokens of several documents one after another. Causal calls have S = T.
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-aten = torch.ops.aten
+from megallama.compat import torch as torch_compat
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Output = tuple[torch.Tensor, torch.Tensor, Any]
@@ -70,9 +70,7 @@ class CpuFlash:
         scale: float,
     ) -> Output:
         """See Kernel."""
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BNSD, k_BKTD, v_BKTD, 0.0, is_causal, scale=scale
-        )
+        out, lse = torch_compat.cpu_flash_forward(q_BNSD, k_BKTD, v_BKTD, 0.0, is_causal, scale=scale)
         return out, lse, None
 
     def backward(
@@ -89,7 +87,7 @@ class CpuFlash:
         scale: float,
     ) -> Gradients:
         """See Kernel."""
-        gradients: Gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradients: Gradients = torch_compat.cpu_flash_backward(
             grad_BNSD, q_BNSD, k_BKTD, v_BKTD, out_BNSD, lse_BNS, 0.0, is_causal, scale=scale
         )
         return gradients
@@ -114,7 +112,7 @@ class CudaFlash:
     ) -> Output:
         """See Kernel."""
         q, k, v = (_pad_width(t.transpose(1, 2), 8) for t in (q_BNSD, k_BKTD, v_BKTD))
-        out, lse, seed, offset, _ = aten._flash_attention_forward(
+        out, lse, seed, offset, _ = torch_compat.cuda_flash_forward(
             q, k, v, None, None, q.size(1), k.size(1), 0.0, is_causal, False, scale=scale
         )
         return out[..., : q_BNSD.size(-1)].transpose(1, 2), lse, (seed, offset)
@@ -136,7 +134,7 @@ class CudaFlash:
         grad, q, k, v, out = (
             _pad_width(t.transpose(1, 2), 8) for t in (grad_BNSD, q_BNSD, k_BKTD, v_BKTD, out_BNSD)
         )
-        gradients = aten._flash_attention_backward(
+        gradients = torch_compat.cuda_flash_backward(
             *(grad.contiguous(), q, k, v, out.contiguous(), lse_BNS.contiguous()),
             *(None, None, q.size(1), k.size(1), 0.0, is_causal, *saved),
             scale=scale,
@@ -156,7 +154,7 @@ class CudaFlash:
     ) -> Output:
         """Causal attention inside each document [offsets[i], offsets[i + 1]); output [U, N, D], lse [N, U]."""
         q, k, v = (_pad_width(t, 8) for t in (q_UND, k_UKD, v_UKD))
-        out, lse, seed, offset, _ = aten._flash_attention_forward(
+        out, lse, seed, offset, _ = torch_compat.cuda_flash_forward(
             q, k, v, offsets, offsets, longest, longest, 0.0, True, False, scale=scale
         )
         return out[..., : q_UND.size(-1)], lse, (seed, offset)
@@ -177,7 +175,7 @@ class CudaFlash:
     ) -> Gradients:
         """Gradients [U, ., D] of `forward_varlen`."""
         grad, q, k, v, out = (_pad_width(t, 8) for t in (grad_UND, q_UND, k_UKD, v_UKD, out_UND))
-        gradients = aten._flash_attention_backward(
+        gradients = torch_compat.cuda_flash_backward(
             *(grad.contiguous(), q, k, v, out.contiguous(), lse_NU.contiguous()),
             *(offsets, offsets, longest, longest, 0.0, True, *saved),
             scale=scale,
@@ -206,7 +204,7 @@ class CudaEfficient:
         """See Kernel."""
         heads, width = q_BNSD.size(1), q_BNSD.size(-1)
         q, k, v = (_pad_width(t, 8) for t in (q_BNSD, _expand(k_BKTD, heads), _expand(v_BKTD, heads)))
-        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+        out, lse, seed, offset = torch_compat.cuda_efficient_forward(
             q, k, v, None, True, 0.0, is_causal, scale=scale
         )
         return out[..., :width], lse[..., : q.size(2)], (seed, offset)
@@ -230,7 +228,7 @@ class CudaEfficient:
         k, v = (_pad_width(_expand(t, heads), 8) for t in (k_BKTD, v_BKTD))
         # Infinite, as the forward pads it: the backward tells queries that are none by it, without a bound check.
         lse = F.pad(lse_BNS, (0, -q.size(2) % 32), value=math.inf).contiguous()
-        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dq, dk, dv, _ = torch_compat.cuda_efficient_backward(
             *(grad, q, k, v, None, out, lse, *saved, 0.0, [True, True, True, False], is_causal), scale=scale
         )
         kv_heads = k_BKTD.size(1)

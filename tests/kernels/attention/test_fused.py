@@ -71,7 +71,7 @@ def test_queries_that_are_none_have_an_infinite_sum(monkeypatch):
         taken.append(lse)
         return q, k, v, None
 
-    monkeypatch.setattr(fused.aten, "_scaled_dot_product_efficient_attention_backward", backward)
+    monkeypatch.setattr(fused.torch_compat, "cuda_efficient_backward", backward)
     x, lse = torch.ones(1, 2, 40, 8), torch.ones(1, 2, 40)
     CudaEfficient().backward(x, x, x, x, x, lse, (None, None), is_causal=True, scale=1.0)
     (padded,) = taken
