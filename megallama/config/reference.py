@@ -28,8 +28,8 @@ A run is described by words on the command line: `section.setting=value`, a mode
 Relative paths start where the command is typed. `--cfg job` shows what a command line amounts to, and the
 run folder keeps it as `config.yaml`. Several values with `--multirun` give several runs, one after another:
 
-    torchrun --nproc-per-node 8 launch/train.py +exp=llama2_7b parallel.tp=8 optim.lr=1e-4
-    python launch/train.py --multirun +exp=demo optim.lr=1e-3,3e-3
+    megallama train --nproc-per-node 8 +exp=llama2_7b parallel.tp=8 optim.lr=1e-4
+    megallama train --multirun +exp=demo optim.lr=1e-3,3e-3
 """
 
 
