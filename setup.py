@@ -1,8 +1,29 @@
 """Packaging of megallama. Ranges stand here; the exact set that CI runs stands in constraints.txt."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+CONF = "conf"
+
+
+class BuildWithConf(build_py):
+    """Puts conf/ into the package as megallama/conf/; an editable installation finds it at the top level."""
+
+    def run(self):
+        """As usual, and conf/."""
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "megallama", CONF)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(CONF, target)
+
+    def get_source_files(self):
+        """What a source distribution must hold."""
+        return super().get_source_files() + [str(path) for path in Path(CONF).rglob("*.yaml")]
+
 
 setup(
     name="megallama",
@@ -12,6 +33,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    cmdclass={"build_py": BuildWithConf},
     packages=find_packages(include=["megallama", "megallama.*"]),
     install_requires=[
         "torch>=2.13,<2.14",

@@ -54,7 +54,7 @@ def main() -> int:
                 "--tokenizer", str(TOKENIZER), "--validation-fraction", "0.03", "--output", str(DATA),
             )  # fmt: skip
         say(f"3. Train a small LLaMA on {RANKS} ranks (an interrupted run goes on where it stood)")
-        command("torchrun", "--nproc-per-node", str(RANKS), "launch/train.py", "+exp=demo")
+        command("megallama", "train", "--nproc-per-node", str(RANKS), "+exp=demo")
         unigram = unigram_perplexity()
         say("4. Look at it")
         command("megallama", "plot", str(RUN_DIR), "--unigram-perplexity", f"{unigram:.1f}")
@@ -124,8 +124,8 @@ The loss plot is {RUN_DIR / "loss.png"}, every number is in {RUN_DIR / "metrics.
   source .venv/bin/activate
   megallama generate {RUN_DIR} --prompt 'import os' --temperature 0
   # the same run in other layouts
-  torchrun --nproc-per-node 2 launch/train.py +exp=demo train.run_dir=runs/tp2 parallel.tp=2
-  torchrun --nproc-per-node 2 launch/train.py +exp=demo train.run_dir=runs/pp2 parallel.pp=2
+  megallama train --nproc-per-node 2 +exp=demo train.run_dir=runs/tp2 parallel.tp=2
+  megallama train --nproc-per-node 2 +exp=demo train.run_dir=runs/pp2 parallel.pp=2
   # your own text
   megallama tokenizer train my_text/ --vocab-size 8000 --output build/mine/tokenizer
   # before a cluster run

@@ -18,11 +18,13 @@ from megallama.commands import (
     plot,
     prepare,
     tokenizer,
+    train,
     verify,
 )
-from megallama.commands.parser import WordsParser
+from megallama.commands.parser import CommandParser
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.log import quiet_libraries
+from megallama.host.version import version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,14 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megallama",
-        description="Pretraining of LLaMA-family models. Training itself: torchrun launch/train.py +exp=...",
+        description="Pretraining of LLaMA-family models. `megallama COMMAND --help` tells of each command.",
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=WordsParser)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
     for command in (
         tokenizer,
         prepare,
         data,
         check,
+        train,
         verify,
         generate,
         plot,

@@ -1,6 +1,6 @@
 """The complete check of a run before it starts: configuration, files, tokenizer, run folder.
 
-No torch, so it is instant; `train.init_from` alone needs it.
+No torch, so it is instant; `train.init_from`, and telling the other ranks, alone need it.
 """
 
 from __future__ import annotations
@@ -8,25 +8,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megallama.config.check import check_config
+from megallama.config.check import check_config, check_settings
 from megallama.config.schema import RunConfig
 from megallama.host.errors import ConfigError
+from megallama.host.launch import LaunchEnvironment
 from megallama.huggingface.names import canonical_tensors
 from megallama.stream.open import data_problems
 from megallama.tokenizers.load import load_tokenizer
 from megallama.tokens.manifest import check_token_file, read_manifest
 
+PATIENCE_S = 20.0
+"""How long ranks that know of a problem wait for each other, to end with the same message."""
 
-def check_run(config: RunConfig, *, world_size: int | None) -> None:
+
+def check_run(config: RunConfig, *, world_size: int | None, reads_files: bool = True) -> None:
     """All problems of a run at once, before any process group, allocation or file.
 
     Args:
         config: The run.
         world_size: Number of ranks; None where it is not known yet.
+        reads_files: Whether data, tokenizer, run folder and first weights are looked at, too.
 
     Raises:
         ConfigError: what is wrong, each with its remedy.
     """
+    if not reads_files:
+        problems = check_settings(config, world_size=world_size, parameter_names=canonical_tensors)
+        if problems:
+            raise ConfigError(problems)
+        return
     check_config(
         config,
         world_size=world_size,
@@ -39,7 +49,7 @@ def check_run(config: RunConfig, *, world_size: int | None) -> None:
     )
 
 
-def check_runs(configs: Sequence[RunConfig], *, world_size: int | None) -> None:
+def check_runs(configs: Sequence[RunConfig], *, world_size: int | None, reads_files: bool = True) -> None:
     """As `check_run` for several runs: the problems of all, each told once.
 
     Raises:
@@ -48,11 +58,44 @@ def check_runs(configs: Sequence[RunConfig], *, world_size: int | None) -> None:
     problems: dict[str, None] = {}
     for config in configs:
         try:
-            check_run(config, world_size=world_size)
+            check_run(config, world_size=world_size, reads_files=reads_files)
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise ConfigError(list(problems))
+
+
+def check_job(configs: Sequence[RunConfig], *, environment: LaunchEnvironment, job: str) -> None:
+    """As `check_runs`, called by every rank: rank 0 looks into the files and tells the others what it found.
+
+    A thousand ranks that each read tokenizer, manifests and indexes would keep a file system busy for nothing.
+
+    Args:
+        configs: The runs, the same on every rank.
+        environment: This rank.
+        job: A name for this check among those of the same processes.
+
+    Raises:
+        UserError: what is wrong, each with its remedy; the same on every rank.
+    """
+    world_size = environment.world_size
+    if world_size == 1:
+        check_runs(configs, world_size=world_size)
+        return
+    own: Exception | None = None
+    try:
+        check_runs(configs, world_size=world_size, reads_files=environment.rank == 0)
+    except Exception as error:
+        own = error
+    # Imported here: it needs torch.
+    from megallama.topology.rendezvous import hear, tell
+
+    if environment.rank == 0:
+        tell(own, environment=environment, job=job, patience_s=PATIENCE_S)
+    else:
+        hear(environment=environment, job=job, patience_s=None if own is None else PATIENCE_S)
+    if own is not None:
+        raise own
 
 
 def _check_weights(config: RunConfig) -> list[str]:

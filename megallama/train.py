@@ -1,4 +1,4 @@
-"""A training run from start to end, in the order of the data flow. `launch/train.py` is the command that calls it."""
+"""A training run from start to end, in the order of the data flow. `entry.py` is the command line in front of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megallama.config.schema import RunConfig
 from megallama.engine.build import build_engine
 from megallama.host.launch import LaunchEnvironment, read_launch_environment
 from megallama.model.build import build_model
-from megallama.preflight import check_run
+from megallama.preflight import check_job
 from megallama.stream.build import build_loader
 from megallama.topology.connect import connect
 from megallama.trainer.build import build_trainer, open_run_folder
@@ -28,7 +28,7 @@ def run(config: RunConfig, *, environment: LaunchEnvironment | None = None, job_
         UserError: something that the user can mend, with what to change.
     """
     environment = environment or read_launch_environment()
-    check_run(config, world_size=environment.world_size)
+    check_job([config], environment=environment, job=str(job_index))
     with (
         connect(config.parallel, environment=environment, job_index=job_index) as topology,
         open_run_folder(config, topology) as folder,

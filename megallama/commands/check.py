@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from megallama.commands.parser import Commands, add_run_words, whole_number
+from megallama.commands.parser import Commands, whole_number
+from megallama.config.command_line import CommandLine, add_run_words
 
 
 def add(commands: Commands) -> None:
     """Add `megallama check` to the command line."""
-    check = commands.add_parser("check", help="check a run before it is started, as launch/train.py would")
+    check = commands.add_parser("check", help="check a run before it is started, as megallama train would")
     check.add_argument(
         "--world-size",
         type=whole_number(least=1),
@@ -21,11 +22,10 @@ def add(commands: Commands) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from megallama.config.jobs import load_jobs
     from megallama.model.counts import count_parameters
     from megallama.preflight import check_runs
 
-    configs = load_jobs(options.overrides, is_multirun=options.multirun, extra_conf_dir=options.config_dir)
+    configs = CommandLine.of(options).load_runs()
     check_runs(configs, world_size=options.world_size)
     for config in configs:
         model, train = config.model, config.train

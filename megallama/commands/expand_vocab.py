@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
         "expand-vocab", help="give a checkpoint rows for the tokens of a grown tokenizer"
     )
     expand.add_argument("source", help="checkpoint, or run folder (its newest intact checkpoint)")
-    expand.add_argument("output", help="folder that gets checkpoints/ and tokenizer/")
+    expand.add_argument("--output", required=True, help="folder that gets checkpoints/ and tokenizer/")
     expand.add_argument("--tokenizer", required=True, help="new tokenizer, which keeps every old id")
     expand.add_argument(
         "--old-tokenizer", default=None, help="tokenizer of the checkpoint (default: the run's)"

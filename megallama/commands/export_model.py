@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
     """Add `megallama export` to the command line."""
     parser = commands.add_parser("export", help="make a Hugging Face model out of a checkpoint")
     parser.add_argument("source", type=Path, help="a run folder (its newest checkpoint) or a step-... folder")
-    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument(
         "--dtype",
         choices=["fp32", "bf16", "fp16"],

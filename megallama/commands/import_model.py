@@ -11,8 +11,8 @@ from megallama.commands.parser import Commands, whole_number
 def add(commands: Commands) -> None:
     """Add `megallama import` to the command line."""
     parser = commands.add_parser("import", help="make a checkpoint to train from out of a Hugging Face model")
-    parser.add_argument("hf_folder", type=Path, help="folder with config.json and .safetensors files")
-    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("source", type=Path, help="folder with config.json and .safetensors files")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--name", default=None, help="name of the shape (default: that of the output folder)")
     parser.add_argument(
         "--vocab-multiple",
@@ -28,10 +28,10 @@ def _import(options: argparse.Namespace) -> None:
     from megallama.model.counts import count_parameters
 
     model = import_model(
-        options.hf_folder, options.output, name=options.name, vocab_multiple=options.vocab_multiple
+        options.source, options.output, name=options.name, vocab_multiple=options.vocab_multiple
     )
     print(f"wrote {options.output}: {model.name}, {count_parameters(model, padded=False):,} parameters")
     print(
-        f"train from it: launch/train.py --config-dir {options.output}/conf model={model.name}"
+        f"train from it: megallama train --config-dir {options.output}/conf model={model.name}"
         f" train.init_from={options.output} ..."
     )

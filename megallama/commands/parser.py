@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megallama.host.errors import UserError
 
@@ -47,29 +46,26 @@ def whole_number(*, least: int) -> Callable[[str], int]:
     return parse
 
 
-class WordsParser(argparse.ArgumentParser):
-    """Takes options among the words of a run, as launch/train.py does: argparse offers that to no sub-command."""
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one command: names no other in its messages, and takes options among the words of a run."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's; words that come after an option join `overrides`."""
+        """As argparse's; words that come after an option join `overrides`, and what is left over is a mistake here.
+
+        argparse would leave it to the program's own parser to refuse it, with the program's usage.
+        """
         options, rest = super().parse_known_args(args, namespace)
-        if "overrides" not in options:
-            return options, rest
-        options.overrides += [word for word in rest if not word.startswith("-")]
-        return options, [word for word in rest if word.startswith("-")]
-
-
-def add_run_words(parser: argparse.ArgumentParser) -> None:
-    """Add the words that launch/train.py takes."""
-    parser.add_argument("overrides", nargs="*", help="what launch/train.py is given: +exp=... key=value ...")
-    parser.add_argument(
-        "--multirun", "-m", action="store_true", help="every combination of the values that words list"
-    )
-    parser.add_argument(
-        "--config-dir", "-cd", type=Path, default=None, help="a folder with model/ or exp/ of your own"
-    )
+        if "overrides" in options:
+            options.overrides += [word for word in rest if not word.startswith("-")]
+            rest = [word for word in rest if word.startswith("-")]
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return options, []
 
 
 def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = True) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from megallama.commands.parser import Commands, add_run_words, whole_number
+from megallama.commands.parser import Commands, whole_number
+from megallama.config.command_line import CommandLine, add_run_words
 from megallama.host.errors import EXIT_DIFFERENT, UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ def add(commands: Commands) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megallama.config.jobs import load_jobs
     from megallama.host.ranks import start_forkserver
 
     if options.max_ranks is not None and not options.all:
@@ -48,7 +48,7 @@ def _verify(options: argparse.Namespace) -> int:
             f"--max-ranks ({options.max_ranks}) needs --all: layouts by name have their own ranks"
         )
     max_ranks = 4 if options.max_ranks is None else options.max_ranks
-    configs = load_jobs(options.overrides, is_multirun=options.multirun, extra_conf_dir=options.config_dir)
+    configs = CommandLine.of(options).load_runs()
     start_forkserver()
     are_equal = [_verify_run(config, options, max_ranks=max_ranks) for config in configs]
     return 0 if all(are_equal) else EXIT_DIFFERENT

@@ -47,6 +47,30 @@ DIVIDING_RULES: tuple[Rule, ...] = (
 FOLDER_RULES: tuple[Rule, ...] = (check_files.check_run_dir, check_files.check_same_model)
 
 
+def check_settings(
+    config: RunConfig,
+    *,
+    world_size: int | None,
+    parameter_names: Callable[[ModelConfig], Iterable[str]] | None = None,
+) -> list[str]:
+    """The problems of a run that its settings alone show; no file is opened. Arguments are those of `check`."""
+    problems = list(check_values.check_sizes_are_positive(config))
+    rules = VALUE_RULES
+    has_sizes = not problems
+    if has_sizes:
+        problems += check_layout.check_world_size(config, world_size)
+        problems += check_layout.check_batch(config, world_size)
+        rules = DIVIDING_RULES + rules
+    if world_size is not None:
+        rules += (check_files.check_kernels,)
+    for rule in rules:
+        problems += rule(config)
+    if has_sizes and parameter_names is not None and config.optim.partial_parameters:
+        names = parameter_names(config.model)
+        problems += check_values.check_partial_names(config.optim.partial_parameters, names)
+    return problems
+
+
 def check(
     config: RunConfig,
     *,
@@ -73,24 +97,13 @@ def check(
     probes = Probes(
         check_token_file=check_token_file, read_manifest=read_manifest, load_tokenizer=load_tokenizer
     )
-    problems = list(check_values.check_sizes_are_positive(config))
-    rules = VALUE_RULES + FOLDER_RULES
-    has_sizes = not problems
-    if has_sizes:
-        problems += check_layout.check_world_size(config, world_size)
-        problems += check_layout.check_batch(config, world_size)
-        rules = DIVIDING_RULES + rules
-    if world_size is not None:
-        rules += (check_files.check_kernels,)
-    for rule in rules:
+    problems = check_settings(config, world_size=world_size, parameter_names=parameter_names)
+    for rule in FOLDER_RULES:
         problems += rule(config)
     problems += check_files.check_sources(config, probes)
     problems += check_files.check_vocabulary(config, probes)
-    if has_sizes:
+    if not any(check_values.check_sizes_are_positive(config)):
         problems += data_problems(config)
-    if has_sizes and parameter_names is not None and config.optim.partial_parameters:
-        names = parameter_names(config.model)
-        problems += check_values.check_partial_names(config.optim.partial_parameters, names)
     if config.train.init_from is not None:
         problems += check_weights(config)
     return problems

@@ -29,8 +29,10 @@ from megallama.host.errors import ConfigError
 
 T = TypeVar("T")
 
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
-"""The repository's configuration files."""
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+CONF_DIR = (_PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent) / "conf"
+"""The configuration files that are shipped: inside an installed package, else at the top level of the repository."""
 
 ROOT = "config"
 """Name of the file in `conf/` where composition begins."""

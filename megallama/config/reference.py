@@ -29,8 +29,8 @@ given more than once, the last value counts. Relative paths are relative to the 
 the resulting configuration; the run folder keeps it as `config.yaml`. `--multirun` with several values of a setting
 starts several runs, one after another:
 
-    torchrun --nproc-per-node 8 launch/train.py +exp=llama2_7b parallel.tp=8 optim.lr=1e-4
-    python launch/train.py --multirun +exp=demo optim.lr=1e-3,3e-3
+    megallama train --nproc-per-node 8 +exp=llama2_7b parallel.tp=8 optim.lr=1e-4
+    megallama train --multirun +exp=demo optim.lr=1e-3,3e-3
 """
 
 

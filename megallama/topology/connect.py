@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,7 @@ from megallama.grid import Grid
 from megallama.host.errors import UserError
 from megallama.host.launch import LaunchEnvironment, tell_libraries
 from megallama.topology.groups import Topology
-
-TIMEOUT = timedelta(minutes=30)
+from megallama.topology.rendezvous import TIMEOUT, meet
 
 
 @contextmanager
@@ -41,13 +39,12 @@ def connect(
     has_cuda = device.type == "cuda"
     if has_cuda:
         torch.cuda.set_device(device)
-    store = dist.PrefixStore(f"megallama/{job_index}", _rendezvous(environment))
     # No `device_id`: with it every group has one communicator from the start, and sends in both directions of an
     # interleaved pipeline, which megatron-core overlaps, would wait in one queue for each other. It would also cost a
     # split over all ranks for every group that megatron-core makes, and these are more than ranks.
     dist.init_process_group(
         "nccl" if has_cuda else "gloo",
-        store=store,
+        store=meet(environment, job=str(job_index)),
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=TIMEOUT,
@@ -81,16 +78,9 @@ def _device(environment: LaunchEnvironment) -> torch.device:
     if ranks > gpus:
         raise UserError(
             f"{ranks} ranks on this node with {gpus} visible GPUs: every rank needs its own, so start at most {gpus}"
-            f" (torchrun --nproc-per-node {gpus}), or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+            f" (--nproc-per-node {gpus}), or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
         )
     return torch.device("cuda", environment.local_rank)
-
-
-def _rendezvous(environment: LaunchEnvironment) -> dist.Store:
-    if environment.world_size == 1:
-        return dist.HashStore()  # one rank needs no address and no port
-    store, _, _ = next(dist.rendezvous("env://", environment.rank, environment.world_size, timeout=TIMEOUT))
-    return store
 
 
 def _topology(grid: Grid, rank: int, device: torch.device) -> Topology:

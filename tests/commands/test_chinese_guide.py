@@ -44,7 +44,7 @@ def test_the_commands_of_the_guide_do_what_it_says(tmp_path):
     for line in commands():
         for long, short in FEWER.items():
             line = line.replace(long, short)
-        if "launch/train.py" in line:
+        if "megallama train" in line:
             line += " " + " ".join(PACE)
         done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stdout, done.stderr)

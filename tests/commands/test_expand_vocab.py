@@ -78,7 +78,14 @@ def ground(tmp_path_factory):
         words = [*made.words(run, vocab_size=OLD), *extra, "train.steps=6", "optim.lr=1e-2"]
         run_job(folder, 2, *words, run_name=run)
         code = main(
-            ["expand-vocab", str(folder / run), str(folder / f"{run}-grown"), "--tokenizer", str(made.new)]
+            [
+                "expand-vocab",
+                str(folder / run),
+                "--output",
+                str(folder / f"{run}-grown"),
+                "--tokenizer",
+                str(made.new),
+            ]
         )
         assert code == 0
     return made
@@ -152,7 +159,13 @@ def test_the_mean_is_of_the_text_inside_a_sentence(ground):
 
 @pytest.mark.parametrize("init", ["zeros", "normal"])
 def test_other_first_values(ground, init, tmp_path):
-    arguments = [str(ground.folder / "untied"), str(tmp_path / "out"), "--tokenizer", str(ground.new)]
+    arguments = [
+        str(ground.folder / "untied"),
+        "--output",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        str(ground.new),
+    ]
     assert main(["expand-vocab", *arguments, "--init", init, "--old-tokenizer", str(ground.old)]) == 0
     (path,) = (tmp_path / "out" / "checkpoints").iterdir()
     rows = CheckpointReader(path).read(f"fp32/{EMBEDDING}")[OLD : ground.new_size]
@@ -227,13 +240,16 @@ def test_what_cannot_be_expanded_is_refused(ground, tmp_path, capsys):
     run, out = str(ground.folder / "untied"), str(tmp_path / "out")
     other = train_tokenizer([ground.folder / "三国.txt"], tmp_path / "other", vocab_size=2900)
     for arguments, message in [
-        ([run, out, "--tokenizer", str(ground.old)], "adds nothing"),
-        ([run, out, "--tokenizer", str(other)], "must keep every old id"),
-        ([run, out, "--tokenizer", str(ground.new), "--old-tokenizer", str(other)], "has more ids (2900)"),
-        ([run, out, "--tokenizer", str(QWEN)], "must keep every old id"),
-        ([str(tmp_path), out, "--tokenizer", str(ground.new)], "no checkpoint"),
+        ([run, "--output", out, "--tokenizer", str(ground.old)], "adds nothing"),
+        ([run, "--output", out, "--tokenizer", str(other)], "must keep every old id"),
         (
-            [run, str(ground.folder / "untied-grown"), "--tokenizer", str(ground.new)],
+            [run, "--output", out, "--tokenizer", str(ground.new), "--old-tokenizer", str(other)],
+            "has more ids (2900)",
+        ),
+        ([run, "--output", out, "--tokenizer", str(QWEN)], "must keep every old id"),
+        ([str(tmp_path), "--output", out, "--tokenizer", str(ground.new)], "no checkpoint"),
+        (
+            [run, "--output", str(ground.folder / "untied-grown"), "--tokenizer", str(ground.new)],
             "holds checkpoints already",
         ),
     ]:

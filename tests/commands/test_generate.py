@@ -103,8 +103,8 @@ def test_choice_respects_temperature_top_k_and_top_p():
 def imported(run_dir, tmp_path_factory):
     """The run's model, out to Hugging Face and in again."""
     folder = tmp_path_factory.mktemp("导入")
-    assert main(["export", str(run_dir), str(folder / "hf")]) == 0
-    assert main(["import", str(folder / "hf"), str(folder / "模型")]) == 0
+    assert main(["export", str(run_dir), "--output", str(folder / "hf")]) == 0
+    assert main(["import", str(folder / "hf"), "--output", str(folder / "模型")]) == 0
     return folder / "模型"
 
 
@@ -122,8 +122,8 @@ def test_an_import_continues_a_prompt_as_the_run_does(run_dir, imported, capsys)
 
 
 def test_an_import_of_low_precision_computes_in_it(run_dir, tmp_path, capsys):
-    assert main(["export", str(run_dir), str(tmp_path / "hf"), "--dtype", "bf16"]) == 0
-    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "imported")]) == 0
+    assert main(["export", str(run_dir), "--output", str(tmp_path / "hf"), "--dtype", "bf16"]) == 0
+    assert main(["import", str(tmp_path / "hf"), "--output", str(tmp_path / "imported")]) == 0
     with open_run(tmp_path / "imported") as (config, stage, _):
         assert config.precision.dtype.value == "bf16"
         assert {parameter.dtype for parameter in stage.module.parameters()} == {torch.bfloat16}
@@ -160,7 +160,7 @@ def test_ids_that_no_tokenizer_can_show_are_not_drawn(imported):
 def test_the_export_generates_the_same_in_transformers(run_dir, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert main(["export", str(run_dir), str(tmp_path / "hf")]) == 0
+    assert main(["export", str(run_dir), "--output", str(tmp_path / "hf")]) == 0
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")

@@ -47,6 +47,7 @@ def printed_by(statement):
         text=True,
         check=True,
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"},
     )
     return result.stdout + result.stderr
 

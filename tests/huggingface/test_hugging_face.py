@@ -177,7 +177,7 @@ REFUSED = {
 def test_what_is_not_supported_is_named(name, folder, tmp_path, capsys):
     changes, message = REFUSED[name]
     source = changed_config(folder / "llama2", tmp_path / "changed", **changes)
-    code = main(["import", str(source), str(tmp_path / "out")])
+    code = main(["import", str(source), "--output", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert code == 2 and message in error and len(error.splitlines()) == 1, error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"], "something is left"
@@ -250,7 +250,7 @@ def test_damaged_folders_give_one_clear_message(name, sharded, tmp_path, capsys)
     damage, message = DAMAGE[name]
     shutil.copytree(sharded, tmp_path / "model")
     damage(tmp_path / "model")
-    code = main(["import", str(tmp_path / "model"), str(tmp_path / "out")])
+    code = main(["import", str(tmp_path / "model"), "--output", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert code == 2 and message in error and len(error.splitlines()) == 1, error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"], "something is left"
@@ -258,15 +258,15 @@ def test_damaged_folders_give_one_clear_message(name, sharded, tmp_path, capsys)
 
 def test_existing_output_is_refused(folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    assert main(["import", str(folder / "llama2"), str(tmp_path / "out")]) == 2
-    assert main(["export", str(folder / "llama2-imported"), str(tmp_path / "out")]) == 2
+    assert main(["import", str(folder / "llama2"), "--output", str(tmp_path / "out")]) == 2
+    assert main(["export", str(folder / "llama2-imported"), "--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("exists already: give a new folder") == 2
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_name_that_a_shipped_shape_has(folder, tmp_path, capsys):
     """Hydra would take the shipped one: the name is refused, before anything is written and where it is used."""
-    code = main(["import", str(folder / "llama2"), str(tmp_path / "llama2_7b")])
+    code = main(["import", str(folder / "llama2"), "--output", str(tmp_path / "llama2_7b")])
     error = capsys.readouterr().err
     assert code == 2 and "name of the shape (llama2_7b) is that of another one in conf/model/" in error
     assert "--name" in error and list(tmp_path.iterdir()) == []
@@ -326,7 +326,10 @@ def test_training_goes_on_from_an_import_and_out_again(folder, tmp_path, capsys)
     words += [f"train.init_from={folder / 'mistral-imported'}", "optim.lr=1e-12", "train.steps=1"]
     run_ranks(4, train, overrides(tmp_path, *words, "parallel.tp=2", "parallel.pp=2"))
     like = ["--like", str(folder / "mistral")]
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "fp32", *like]) == 0
+    assert (
+        main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--dtype", "fp32", *like])
+        == 0
+    )
     there, back = weights_of(folder / "mistral"), weights_of(tmp_path / "out")
     assert there.keys() == back.keys()
     assert all(torch.allclose(there[key], back[key], rtol=0, atol=1e-9) for key in there)

@@ -61,10 +61,11 @@ def train_command(arguments: Sequence[str]) -> int:
 
 
 def impatient_train_command(arguments: Sequence[str]) -> int:
-    """The entry without the pause that leaves it to rank 0 to speak."""
-    entry = load_entry()
-    entry.GRACE_S = entry.STAGGER_S = 0.0
-    return int(entry.main(arguments))
+    """The entry without the pauses in which ranks wait for each other to speak."""
+    from megallama import entry, preflight
+
+    entry.GRACE_S = entry.STAGGER_S = preflight.PATIENCE_S = 0.0
+    return entry.main(arguments)
 
 
 def megallama_command(arguments: Sequence[str]) -> int:

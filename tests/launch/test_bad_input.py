@@ -215,7 +215,9 @@ def test_bad_settings(case: str, workplace: Workplace) -> None:
     extra, world_size, expected = SETTINGS[case]
     arguments = [*workplace.arguments, *extra]
     with unchanged(workplace.folder):
-        outcome = run_command(train_command, arguments, folder=workplace.folder, world_size=world_size)
+        outcome = run_command(
+            impatient_train_command, arguments, folder=workplace.folder, world_size=world_size
+        )
         check = ["check", f"--world-size={world_size}", *arguments]
         checked = run_command(megallama_command, check, folder=workplace.folder)
     assert_refused(outcome, expected)

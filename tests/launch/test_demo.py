@@ -22,7 +22,7 @@ def test_the_demo_goes_from_text_to_text(tmp_path, monkeypatch, capfd):
     def shortened(*words):
         command(
             *words,
-            *(["train.steps=4", "optim.warmup_steps=1", "eval.interval=2"] if words[0] == "torchrun" else []),
+            *(["train.steps=4", "optim.warmup_steps=1", "eval.interval=2"] if words[1] == "train" else []),
         )
 
     monkeypatch.setattr(demo, "ROOT", tmp_path)

@@ -1,4 +1,4 @@
-"""What the documents say exists: every file in the architecture, every linked page, every command of the quickstart."""
+"""What the documents say exists: every file in the architecture, every linked page, every command and its words."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megallama.cli import _parser
+from megallama.config.command_line import CommandLine
 from megallama.config.load import load_config
 from megallama.huggingface.names import canonical_tensors
 from tests.project.file_table import PACKAGE, rows, written_rows
@@ -108,7 +109,10 @@ def test_commands_stand_in_blocks_that_are_read(document):
 def test_commands_parse(document):
     for words in commands(document):
         if words[0] == "megallama":
-            _parser().parse_args(words[1:])
+            options = _parser().parse_args(words[1:])
+            if "overrides" in options:
+                # Without --config-dir: the folder is made by an earlier command of the page.
+                CommandLine(options.overrides, options.multirun).load_runs()
         script = next((word for word in words if word in ("launch/train.py", "slurm/pretrain_7b.sh")), None)
         if script is not None:
             overrides = words[words.index(script) + 1 :]
@@ -126,4 +130,4 @@ def test_commands_are_found(name):
 
 def test_the_quickstart_has_commands_of_each_kind():
     found = {words[1] for words in commands(ROOT / "docs" / "quickstart.md") if words[0] == "megallama"}
-    assert found >= {"tokenizer", "prepare", "generate", "plot"}
+    assert found >= {"tokenizer", "prepare", "train", "generate", "plot"}
