@@ -64,14 +64,18 @@ class Probes:
     """The tokenizer in a file; raises UserError."""
 
 
+NO_SOURCES = (
+    "data.sources ([]) must name what to train on: add data.sources=[path/to/prefix],"
+    " made by `megallama prepare`"
+)
+"""A problem of a run that is not given its data by argument."""
+
+
 def check_sources(config: RunConfig, probes: Probes) -> Iterator[str]:
     """There is something to train on, in known proportions, and it is whole."""
     data = config.data
     if not data.sources:
-        yield (
-            "data.sources ([]) must name what to train on: add data.sources=[path/to/prefix],"
-            " made by `megallama prepare`"
-        )
+        yield NO_SOURCES
     lists = [("data.sources", data.sources), ("data.validation", data.validation)]
     lists += [(f"data.schedule.{n}.sources", entry.sources) for n, entry in enumerate(data.schedule)]
     seen = set()

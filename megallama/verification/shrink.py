@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from megallama.config.schema import ContextKind, RopeScaling, RunConfig, Schedule
-from megallama.verify.layouts import Layout, change
+from megallama.verification.layouts import Layout, change
 
 HEAD_DIM = 8
 HIDDEN_SIZE = 64
