@@ -21,7 +21,7 @@ from random_tokens import write_tokens
 from megallama.config.load import load_config
 from megallama.metrics.jsonl import load_metrics
 from megallama.model.counts import count_parameters
-from megallama.train import run
+from megallama.train import Trainer
 
 BYTES_PER_PARAMETER = 12
 
@@ -56,7 +56,7 @@ def main() -> None:
             ]
         )  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):
-            run(config)
+            Trainer.from_config(config).fit()
         lines = load_metrics(folder / "run" / "metrics.jsonl")
     size = BYTES_PER_PARAMETER * count_parameters(config.model, padded=True)
     # The numbers of a save stand at the step after it; so does the work beside it.

@@ -52,11 +52,11 @@ class Ours:
     """megallama's loader."""
 
     def __init__(self, prefixes: list[str], options: argparse.Namespace, *, is_cut: bool = False) -> None:
+        from megallama.batches.micro_batch import RankPart
         from megallama.config.schema import (
             DataConfig,
-            ModelConfig,
+            EvalConfig,
             Packing,
-            RunConfig,
             SourceConfig,
             TrainConfig,
         )
@@ -70,8 +70,9 @@ class Ours:
             global_batch_size=options.batch,
         )
         data = DataConfig(sources=sources, packing=Packing.cut if is_cut else Packing.continued)
-        config = RunConfig(model=ModelConfig(vocab_size=VOCAB_SIZE), train=train, data=data)
-        self._loader = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
+        self._loader = open_loader(
+            data, train=train, vocab_size=VOCAB_SIZE, evaluation=EvalConfig(), part=RankPart()
+        )
 
     def read(self, step: int) -> Any:
         """One batch."""

@@ -135,7 +135,10 @@ def measure(
             )
             for index in range(vp)
         ]
-        stage: Any = SimpleNamespace(chunks=fakes, transformer=transformer_config(config))
+        transformer = transformer_config(
+            config.model, parallel=config.parallel, precision=config.precision, train=config.train
+        )
+        stage: Any = SimpleNamespace(chunks=fakes, transformer=transformer)
         run = functools.partial(
             run_schedule,
             [ScheduledChunk(stage, i, lambda index, *a, **k: fakes[index](*a, **k)) for i in range(vp)],

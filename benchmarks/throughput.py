@@ -44,7 +44,7 @@ from megallama.host.launch import read_launch_environment
 from megallama.model.build import build_model
 from megallama.model.counts import count_parameters
 from megallama.topology.connect import connect
-from megallama.trainer.loop import Trainer
+from megallama.trainer.loop import Loop
 
 MICRO_BATCH, MICRO_BATCHES, SEQ_LEN = 4, 2, 512
 MODEL = ModelConfig(
@@ -170,12 +170,12 @@ def timed_parts(engine: Engine) -> Iterator[dict[str, float]]:
 
 def training_shares(dtype: str, *, steps: int) -> dict[str, float]:
     """Shares of a whole run from its first step to its last: data, metrics and hooks count, checkpoints do not."""
-    from megallama.train import run
+    from megallama.train import Trainer
 
     shares: dict[str, float] = {}
-    fit = Trainer.fit
+    fit = Loop.fit
 
-    def timed_fit(self: Trainer) -> bool:
+    def timed_fit(self: Loop) -> bool:
         with timed_parts(self.engine) as spent:  # type: ignore[arg-type]
             begun = time.perf_counter()
             is_complete = fit(self)
@@ -193,11 +193,11 @@ def training_shares(dtype: str, *, steps: int) -> dict[str, float]:
             log=LogConfig(wandb=WandbMode.disabled),
         )
         train = dataclasses.replace(config.train, steps=steps, run_dir=f"{folder}/run")
-        Trainer.fit = timed_fit  # type: ignore[method-assign]
+        Loop.fit = timed_fit  # type: ignore[method-assign]
         try:
-            run(dataclasses.replace(config, train=train))
+            Trainer.from_config(dataclasses.replace(config, train=train)).fit()
         finally:
-            Trainer.fit = fit  # type: ignore[method-assign]
+            Loop.fit = fit  # type: ignore[method-assign]
     return shares
 
 
@@ -207,7 +207,23 @@ def compare(dtype: str, *, rounds: int, block: int, with_profile: bool) -> None:
     config = run_config(dtype)
     peer = transformers_step(dtype)
     with connect(config.parallel, environment=read_launch_environment()) as topology:
-        engine = build_engine(config, topology, build_model(config, topology))
+        stage = build_model(
+            config.model,
+            topology=topology,
+            parallel=config.parallel,
+            precision=config.precision,
+            train=config.train,
+            kernels=config.kernels,
+        )
+        engine = build_engine(
+            stage,
+            topology=topology,
+            zero=config.zero,
+            precision=config.precision,
+            optim=config.optim,
+            train=config.train,
+            kernels=config.kernels,
+        )
         data = batches()
         steps = iter(range(10_000))
 

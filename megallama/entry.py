@@ -39,10 +39,10 @@ def main(arguments: Sequence[str]) -> int:
         check_job(configs, environment=environment, job="all")
         tell_libraries(environment, is_in_launch_order=any(config.parallel.tp > 1 for config in configs))
         # Only now: this import takes seconds, and a mistake in the command line should not.
-        from megallama.train import run
+        from megallama.train import Trainer
 
         for index, config in enumerate(configs):
-            if not run(config, environment=environment, job_index=index):
+            if not Trainer.from_config(config, environment=environment, job_index=index).fit():
                 break
     except UserError as error:
         _report(error, environment)

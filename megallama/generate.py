@@ -97,7 +97,15 @@ def open_run(run_dir: Path) -> Iterator[tuple[RunConfig, Stage, Tokenizer]]:
             f"generate runs in one process (world size {environment.world_size}): start it without torchrun"
         )
     with connect(config.parallel, environment=environment) as topology:
-        stage = build_model(config, topology, is_initialized=False)
+        stage = build_model(
+            config.model,
+            topology=topology,
+            parallel=config.parallel,
+            precision=config.precision,
+            train=config.train,
+            kernels=config.kernels,
+            is_initialized=False,
+        )
         fill_stage(stage, checkpoint)
         stage.module.to(topology.device).eval()
         yield config, stage, tokenizer

@@ -1,6 +1,6 @@
 """The complete check of a run before it starts: configuration, files, tokenizer, run folder.
 
-No torch, so it is instant; `train.init_from`, and telling the other ranks, alone need it.
+It needs no torch, so it is instant. Only `train.init_from` and telling the other ranks load it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ PATIENCE_S = 20.0
 """How long ranks that know of a problem wait for each other, to end with the same message."""
 
 
-def check_run(config: RunConfig, *, world_size: int | None, reads_files: bool = True) -> None:
+def check_run(
+    config: RunConfig, *, world_size: int | None, reads_files: bool = True, is_data_given: bool = False
+) -> None:
     """All problems of a run at once, before any process group, allocation or file.
 
     Args:
         config: The run.
         world_size: Number of ranks; None where it is not known yet.
         reads_files: Whether data, tokenizer, run folder and first weights are looked at, too.
+        is_data_given: The caller trains on data of their own.
 
     Raises:
         ConfigError: what is wrong, each with its remedy.
@@ -46,10 +49,17 @@ def check_run(config: RunConfig, *, world_size: int | None, reads_files: bool = 
         parameter_names=canonical_tensors,
         data_problems=data_problems,
         check_weights=_check_weights,
+        is_data_given=is_data_given,
     )
 
 
-def check_runs(configs: Sequence[RunConfig], *, world_size: int | None, reads_files: bool = True) -> None:
+def check_runs(
+    configs: Sequence[RunConfig],
+    *,
+    world_size: int | None,
+    reads_files: bool = True,
+    is_data_given: bool = False,
+) -> None:
     """As `check_run` for several runs: the problems of all, each told once.
 
     Raises:
@@ -58,33 +68,41 @@ def check_runs(configs: Sequence[RunConfig], *, world_size: int | None, reads_fi
     problems: dict[str, None] = {}
     for config in configs:
         try:
-            check_run(config, world_size=world_size, reads_files=reads_files)
+            check_run(config, world_size=world_size, reads_files=reads_files, is_data_given=is_data_given)
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise ConfigError(list(problems))
 
 
-def check_job(configs: Sequence[RunConfig], *, environment: LaunchEnvironment, job: str) -> None:
-    """As `check_runs`, called by every rank: rank 0 looks into the files and tells the others what it found.
+def check_job(
+    configs: Sequence[RunConfig], *, environment: LaunchEnvironment, job: str, is_data_given: bool = False
+) -> None:
+    """As `check_runs`, called by every rank: rank 0 alone opens the files, and tells the others the result.
 
-    A thousand ranks that each read tokenizer, manifests and indexes would keep a file system busy for nothing.
+    A thousand ranks that each read tokenizer, manifests and indexes would load the file system for nothing.
 
     Args:
         configs: The runs, the same on every rank.
         environment: This rank.
         job: A name for this check among those of the same processes.
+        is_data_given: The caller trains on data of their own.
 
     Raises:
         UserError: what is wrong, each with its remedy; the same on every rank.
     """
     world_size = environment.world_size
     if world_size == 1:
-        check_runs(configs, world_size=world_size)
+        check_runs(configs, world_size=world_size, is_data_given=is_data_given)
         return
     own: Exception | None = None
     try:
-        check_runs(configs, world_size=world_size, reads_files=environment.rank == 0)
+        check_runs(
+            configs,
+            world_size=world_size,
+            reads_files=environment.rank == 0,
+            is_data_given=is_data_given,
+        )
     except Exception as error:
         own = error
     # Imported here: it needs torch.

@@ -55,9 +55,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _verify_run(config: RunConfig, options: argparse.Namespace, *, max_ranks: int) -> bool:
-    from megallama.verify.layouts import legal_layouts, parse_layouts
-    from megallama.verify.report import LayoutResult, header, name_width, row, summary, traffic_rows
-    from megallama.verify.verify import default_layouts, verify
+    from megallama.verification.layouts import legal_layouts, parse_layouts
+    from megallama.verification.report import LayoutResult, header, name_width, row, summary, traffic_rows
+    from megallama.verification.verify import default_layouts, verify
 
     if options.layouts is not None:
         layouts = parse_layouts(options.layouts)

@@ -81,6 +81,7 @@ def check(
     parameter_names: Callable[[ModelConfig], Iterable[str]] | None = None,
     data_problems: Callable[[RunConfig], list[str]] = lambda _: [],
     check_weights: Callable[[RunConfig], list[str]] = lambda _: [],
+    is_data_given: bool = False,
 ) -> list[str]:
     """All problems of a run, each `<What> (<values>): <what to change>`; none: it can start.
 
@@ -93,6 +94,7 @@ def check(
         parameter_names: Canonical names of the parameters of a model; None where names are not asked about.
         data_problems: Problems of mixing the sources, as long as sizes are positive.
         check_weights: Problems of `train.init_from`, where it is set.
+        is_data_given: The caller trains on data of their own, so that `data.sources` may be empty.
     """
     probes = Probes(
         check_token_file=check_token_file, read_manifest=read_manifest, load_tokenizer=load_tokenizer
@@ -100,6 +102,8 @@ def check(
     problems = check_settings(config, world_size=world_size, parameter_names=parameter_names)
     for rule in FOLDER_RULES:
         problems += rule(config)
+    if not is_data_given:
+        problems += check_files.check_data_is_named(config)
     problems += check_files.check_sources(config, probes)
     problems += check_files.check_vocabulary(config, probes)
     if not any(check_values.check_sizes_are_positive(config)):
@@ -119,6 +123,7 @@ def check_config(
     parameter_names: Callable[[ModelConfig], Iterable[str]] | None = None,
     data_problems: Callable[[RunConfig], list[str]] = lambda _: [],
     check_weights: Callable[[RunConfig], list[str]] = lambda _: [],
+    is_data_given: bool = False,
 ) -> None:
     """Raise once with all problems that `check` finds.
 
@@ -134,6 +139,7 @@ def check_config(
         parameter_names=parameter_names,
         data_problems=data_problems,
         check_weights=check_weights,
+        is_data_given=is_data_given,
     )
     if problems:
         raise ConfigError(problems)

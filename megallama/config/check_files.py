@@ -64,14 +64,18 @@ class Probes:
     """The tokenizer in a file; raises UserError."""
 
 
-def check_sources(config: RunConfig, probes: Probes) -> Iterator[str]:
-    """There is something to train on, in known proportions, and it is whole."""
-    data = config.data
-    if not data.sources:
+def check_data_is_named(config: RunConfig) -> Iterator[str]:
+    """There is something to train on; a rule of runs that are not given their data by argument."""
+    if not config.data.sources:
         yield (
             "data.sources ([]) must name what to train on: add data.sources=[path/to/prefix],"
             " made by `megallama prepare`"
         )
+
+
+def check_sources(config: RunConfig, probes: Probes) -> Iterator[str]:
+    """What the run trains on is there in known proportions, and intact."""
+    data = config.data
     lists = [("data.sources", data.sources), ("data.validation", data.validation)]
     lists += [(f"data.schedule.{n}.sources", entry.sources) for n, entry in enumerate(data.schedule)]
     seen = set()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megallama.engine.step import MicroBatch
+from megallama.engine.loss import LogitsLoss, Loss, token_losses
+from megallama.engine.step import MicroBatch, on_device
 from megallama.grid import micro_batch_group_size
 from megallama.model.build import Stage
 from megallama.model.packing import DocumentPacking
@@ -27,7 +28,7 @@ class ScheduledChunk(torch.nn.Module):
         self.vp_stage = chunk.vp_stage
         self.model_type = chunk.model_type
         self.is_last = chunk.post_process
-        """Whether its output is the loss."""
+        """Whether its output is losses, or logits where it is given no labels."""
         self._index = index
         # Not as a submodule: the engine owns the parameters. megatron-core looks for `.module`.
         self.__dict__["module"] = chunk
@@ -52,6 +53,7 @@ def run_schedule(
     seq_len: int,
     loss_factor: float,
     forward_only: bool,
+    loss: Loss | None = None,
 ) -> torch.Tensor:
     """Forward and, unless `forward_only`, backward of all micro-batches.
 
@@ -63,31 +65,27 @@ def run_schedule(
         seq_len: Tokens of a sequence.
         loss_factor: The backward starts from (sum of token losses) x this.
         forward_only: Evaluate.
+        loss: What is minimised; None: the cross-entropy of the labels.
 
     Returns:
         fp64 scalar: sum of the unmasked token losses of this rank's micro-batches; 0 before the last stage.
     """
 
     def forward_step(data: Iterator[MicroBatch], model: ScheduledChunk) -> tuple[torch.Tensor, Any]:
-        batch = next(data)
-        packing = DocumentPacking(
-            document_starts=batch.document_starts,
-            positions_BS=batch.positions_BS.to(topology.device, non_blocking=True),
-        )
+        batch = on_device(next(data), topology.device)
+        packing = DocumentPacking(document_starts=batch.document_starts, positions_BS=batch.positions_BS)
         if not batch.tokens_BS.numel():
             return model(None, None, None, packed_seq_params=packing), None
-        tokens_BS = batch.tokens_BS.to(topology.device, non_blocking=True)
-        labels_BS = batch.labels_BS.to(topology.device, non_blocking=True)
-        labels = dict(labels=labels_BS) if model.is_last else {}
-        output = model(tokens_BS, None, None, packed_seq_params=packing, **labels)
+        labels = dict(labels=batch.labels_BS) if model.is_last and not isinstance(loss, LogitsLoss) else {}
+        output = model(batch.tokens_BS, None, None, packed_seq_params=packing, **labels)
 
-        def token_loss(loss_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            mask_BS = batch.loss_mask_BS.to(loss_BS.device, non_blocking=True)
-            loss_sum = (loss_BS.to(torch.promote_types(loss_BS.dtype, torch.float32)) * mask_BS).sum()
+        def masked_sum(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            mask_BS = batch.loss_mask_BS
+            loss_sum = (token_losses(loss, output, batch, topology=topology) * mask_BS).sum()
             # megatron-core may scale what it is given in place: report a copy.
             return loss_sum * loss_factor, mask_BS.sum().int(), loss_sum.detach().double()
 
-        return output, token_loss
+        return output, masked_sum
 
     is_interleaved = len(chunks) > 1
     if is_interleaved:

@@ -158,7 +158,7 @@ def _groups(optimizer: Any) -> Iterator[tuple[list[torch.nn.Parameter], torch.Te
 
 def _counts_by_group(adam: Any) -> bool:
     """NVIDIA apex counts the steps, which correct the bias, in the parameter groups; torch for each parameter."""
-    return not isinstance(adam, torch.optim.AdamW)
+    return not isinstance(adam, torch.optim.Adam)
 
 
 def _masters(optimizer: Any) -> list[torch.Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -11,7 +12,8 @@ import torch
 class MicroBatch(Protocol):
     """Tokens of one forward pass; B micro-batch, S sequence, or this context-parallel rank's part of it.
 
-    Stages that read no tokens have empty ones, [B, 0].
+    Stages that read no tokens have empty ones, [B, 0]. It is a dataclass, and may have further fields for a loss of
+    one's own: tensors among them come to the device with the others.
     """
 
     @property
@@ -33,6 +35,22 @@ class MicroBatch(Protocol):
     @property
     def document_starts(self) -> tuple[tuple[int, ...], ...]:
         """Where documents start in each whole sequence."""
+
+
+Batch = TypeVar("Batch", bound=MicroBatch)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` with all its tensors on `device`."""
+    if device.type == "cpu":
+        return batch
+    whole: Any = batch
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(whole)}
+    moved = {
+        name: value.to(device, non_blocking=True) for name, value in values.items() if torch.is_tensor(value)
+    }
+    result: Batch = dataclasses.replace(whole, **moved)
+    return result
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,8 @@ import torch
 import torch.distributed as dist
 
 from megallama.compat import deepspeed as compat
-from megallama.config.schema import Dtype, RunConfig
+from megallama.config.schema import Dtype, PrecisionConfig, ZeroConfig
 from megallama.engine.local_gradients import LocalGradients
-from megallama.grid import num_micro_batches
 from megallama.topology.groups import DeepSpeedGroups, Topology
 
 REDUCE_BUCKET_ELEMENTS = 25_000_000
@@ -50,11 +49,29 @@ class ZeroEngine:
         module: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        config: RunConfig,
         topology: Topology,
+        zero: ZeroConfig,
+        precision: PrecisionConfig,
+        clip: float,
+        hidden_size: int,
+        micro_batch_size: int,
+        num_micro_batches: int,
     ) -> None:
-        self.zero_stage = config.zero.stage
-        self._is_loss_scaled = config.precision.dtype == Dtype.fp16
+        """Shards `module` and its `optimizer`; a collective call.
+
+        Args:
+            module: This rank's stage; it is moved to the device.
+            optimizer: Over the parameters of `module`.
+            topology: Place of this rank.
+            zero: What is sharded.
+            precision: Format of the parameters.
+            clip: Largest global gradient norm; 0: any.
+            hidden_size: ZeRO 3 keeps parameters that are no larger whole.
+            micro_batch_size: Sequences of a micro-batch.
+            num_micro_batches: Micro-batches of a step on this rank.
+        """
+        self.zero_stage = zero.stage
+        self._is_loss_scaled = precision.dtype == Dtype.fp16
         self._topology = topology
         self.device = topology.device
         self.is_first_replica = topology.dp_cp_group.rank() == 0
@@ -63,18 +80,27 @@ class ZeroEngine:
         """Ranks over which DeepSpeed averages gradients; the loss is multiplied by it."""
         compat.prepare_process(
             device=self.device,
-            is_double=config.precision.dtype == Dtype.fp64,
+            is_double=precision.dtype == Dtype.fp64,
             check_fetch_order=self._assert_same_ints,
         )
         self._engine = compat.initialize(
             module,
             optimizer,
-            settings=deepspeed_config(config, shard_size=self.shard_size),
+            settings=deepspeed_config(
+                zero,
+                precision=precision,
+                clip=clip,
+                hidden_size=hidden_size,
+                micro_batch_size=micro_batch_size,
+                shard_size=self.shard_size,
+            ),
             mpu=DeepSpeedGroups(topology, shard_group=self.shard_group),
         )
         self._weight_decays = [group["weight_decay"] for group in self.optimizer.optimizer.param_groups]
         self._num_begun = self._num_ended = 0
-        self._local = self._local_gradients(config, module)
+        self._local = self._local_gradients(
+            module, period=zero.accumulate_micro_batches, num_micro_batches=num_micro_batches
+        )
         compat.watch_backwards(self._engine, at_begin=self._begin_backward, at_end=self._end_backward)
 
     @property
@@ -144,20 +170,16 @@ class ZeroEngine:
         skipped = self._is_loss_scaled and bool(getattr(self.optimizer, "overflow", False))
         return (math.inf if skipped else norm), skipped
 
-    def _local_gradients(self, config: RunConfig, module: torch.nn.Module) -> LocalGradients | None:
-        period = config.zero.accumulate_micro_batches
+    def _local_gradients(
+        self, module: torch.nn.Module, *, period: int, num_micro_batches: int
+    ) -> LocalGradients | None:
         if period == 1:
             return None
-        train = config.train
         tied: Any = getattr(module, "tied", None)
         return LocalGradients(
             self.optimizer,
             period=period,
-            backwards=num_micro_batches(
-                train.global_batch_size,
-                micro_batch_size=train.micro_batch_size,
-                dp=self._topology.grid.dp,
-            ),
+            backwards=num_micro_batches,
             # The last stage's gradient comes in as one more backward (engine/tie.py).
             further={} if tied is None else {tied.weight: 1},
         )
@@ -229,30 +251,38 @@ def _all_reduce_bucket(bucket: list[torch.Tensor], group: dist.ProcessGroup) -> 
         tensor.copy_(part.view_as(tensor))
 
 
-def deepspeed_config(config: RunConfig, *, shard_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    zero: ZeroConfig,
+    *,
+    precision: PrecisionConfig,
+    clip: float,
+    hidden_size: int,
+    micro_batch_size: int,
+    shard_size: int,
+) -> dict[str, Any]:
     """DeepSpeed's configuration: fp32 accumulation and reduction in every precision and stage.
 
     Under bf16 either key alone leaves an error of 1e-3 in the gradient: `grad_accum_dtype` is the sum over
     micro-batches, `communication_data_type` the sum over ranks.
     """
-    stage = max(1, config.zero.stage)
+    stage = max(1, zero.stage)
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": config.train.micro_batch_size * shard_size,
+        "train_batch_size": micro_batch_size * shard_size,
         "managed_gradient_accumulation": False,
         # Stage 3 gathers and reduces beside the computation, on streams of its own where the device has streams.
         "zero_optimization": {"stage": stage, "overlap_comm": stage == 3, "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": config.optim.clip,
+        "gradient_clipping": clip,
         "steps_per_print": 10**12,
         # Its timer, which nobody reads, waits for the device before every forward.
         "timers": {"throughput": {"enabled": False}},
     }
-    if config.precision.dtype != Dtype.fp64:
+    if precision.dtype != Dtype.fp64:
         # Absent, both mean the format of the parameters, which is fp64 then (see `use_double` in compat/deepspeed.py).
         settings |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    if config.zero.offload:
+    if zero.offload:
         settings["zero_optimization"]["offload_optimizer"] = {
             "device": "cpu",
             "pin_memory": torch.cuda.is_available(),
@@ -261,15 +291,15 @@ def deepspeed_config(config: RunConfig, *, shard_size: int) -> dict[str, Any]:
         settings["zero_force_ds_cpu_optimizer"] = False
     if stage == 3:
         # Norms are too small to be worth a gather each; everything else is sharded, in small models too.
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = config.model.hidden_size
-    if config.precision.dtype == Dtype.bf16:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = hidden_size
+    if precision.dtype == Dtype.bf16:
         settings["bf16"] = {"enabled": True}
-    if config.precision.dtype == Dtype.fp16:
+    if precision.dtype == Dtype.fp16:
         settings["fp16"] = {
             "enabled": True,
             "loss_scale": 0,
-            "initial_scale_power": int(math.log2(config.precision.initial_loss_scale)),
-            "loss_scale_window": config.precision.loss_scale_window,
+            "initial_scale_power": int(math.log2(precision.initial_loss_scale)),
+            "loss_scale_window": precision.loss_scale_window,
             "hysteresis": 1,
             "min_loss_scale": 1,
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megallama.config.schema import Dtype, RunConfig
+from megallama.config.schema import Dtype, ModelConfig, PrecisionConfig, TrainConfig
 from megallama.engine.step import StepResult
 from megallama.metrics.peak import Peak, peak_of
 from megallama.model.counts import Attention, count_parameters, train_flops_per_token
@@ -104,14 +104,21 @@ class Meter:
         return (self._steps - step) * (self._step_s if self._num_timed > 1 else seconds)
 
 
-def build_meter(config: RunConfig, *, world_size: int, device: torch.device) -> tuple[Meter, Facts]:
+def build_meter(
+    model: ModelConfig,
+    *,
+    train: TrainConfig,
+    precision: PrecisionConfig,
+    world_size: int,
+    device: torch.device,
+) -> tuple[Meter, Facts]:
     """The meter of a run, and the run's facts: sizes, peak and conventions that its numbers rest on."""
-    model, dtype = config.model, config.precision.dtype
+    dtype = precision.dtype
     peak = peak_of(device, dtype=dtype)
-    flops_per_token = train_flops_per_token(model, seq_len=config.train.seq_len, attention=MFU_ATTENTION)
+    flops_per_token = train_flops_per_token(model, seq_len=train.seq_len, attention=MFU_ATTENTION)
     meter = Meter(
-        steps=config.train.steps,
-        tokens_per_step=config.train.global_batch_size * config.train.seq_len,
+        steps=train.steps,
+        tokens_per_step=train.global_batch_size * train.seq_len,
         world_size=world_size,
         flops_per_token=flops_per_token,
         peak=peak,

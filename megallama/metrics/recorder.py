@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from megallama.config.schema import RunConfig, WandbMode
+from megallama.config.schema import LogConfig, WandbMode
 from megallama.metrics.console import ConsoleSink
 from megallama.metrics.jsonl import METRICS_FILE, JsonlSink
 from megallama.metrics.meter import Facts
@@ -56,8 +55,10 @@ class Recorder:
 
 
 def build_recorder(
-    config: RunConfig,
+    settings: LogConfig,
     *,
+    steps: int,
+    run_values: Mapping[str, Any],
     run_dir: Path,
     first_step: int,
     is_terminal: bool,
@@ -67,7 +68,9 @@ def build_recorder(
     """The recorder of a run, its files opened in `run_dir`. Call it on global rank 0 only.
 
     Args:
-        config: The run.
+        settings: Which sinks there are.
+        steps: Optimizer steps of the whole run.
+        run_values: All settings of the run, for the tracker.
         run_dir: Existing folder.
         first_step: Completed steps at the start; a resumed run's files are cut back to it.
         is_terminal: Whether the console is one, and shows a live line.
@@ -75,16 +78,16 @@ def build_recorder(
         facts: From `build_meter`.
     """
     console = ConsoleSink(
-        steps=config.train.steps,
+        steps=steps,
         first_step=first_step,
-        interval=config.log.interval,
+        interval=settings.interval,
         is_terminal=is_terminal,
         facts=facts,
     )
     sinks: list[Sink] = [JsonlSink(run_dir / METRICS_FILE, first_step=first_step), console]
-    if config.log.tensorboard:
+    if settings.tensorboard:
         sinks.append(TensorBoardSink(run_dir / TENSORBOARD_FOLDER, first_step=first_step))
-    mode = config.log.wandb
+    mode = settings.wandb
     if mode == WandbMode.auto:
         mode = WandbMode.online if wandb_key_present else WandbMode.offline
         log.info(
@@ -94,6 +97,6 @@ def build_recorder(
         log.warning("log.wandb=online, but there is no WANDB_API_KEY: writing an offline run")
         mode = WandbMode.offline
     if mode != WandbMode.disabled:
-        settings: dict[str, Any] = {"run": asdict(config), "facts": dict(facts)}
-        sinks.append(WandbSink(run_dir, project=config.log.wandb_project, mode=mode.value, settings=settings))
+        values: dict[str, Any] = {"run": dict(run_values), "facts": dict(facts)}
+        sinks.append(WandbSink(run_dir, project=settings.wandb_project, mode=mode.value, settings=values))
     return Recorder(sinks)

@@ -13,7 +13,15 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megallama.config.schema import Dtype, Recompute, RunConfig, TrainConfig
+from megallama.config.schema import (
+    Dtype,
+    KernelConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    Recompute,
+    TrainConfig,
+)
 from megallama.grid import padded_vocab_size, split_layers
 from megallama.host.dtypes import FLOATS
 from megallama.kernels.attention.core import choose_attention
@@ -34,6 +42,8 @@ EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 class Stage:
     """What this rank holds of the model."""
 
+    model: ModelConfig
+    """The shape of the whole model."""
     module: Chunks
     """The chunks of this rank in one module: one engine shards the parameters of all."""
     transformer: TransformerConfig
@@ -49,22 +59,34 @@ class Stage:
         return list(self.module.chunks)
 
 
-def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool = True) -> Stage:
+def build_model(
+    model: ModelConfig,
+    *,
+    topology: Topology,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    train: TrainConfig,
+    kernels: KernelConfig,
+    is_initialized: bool = True,
+) -> Stage:
     """This rank's stage with canonical initial weights, on the host; the engine moves it to the device.
 
     Args:
-        config: The run.
+        model: Shape of the whole model.
         topology: Place of this rank.
+        parallel: How the model is cut; what `topology` was connected with.
+        precision: Format of parameters and activations.
+        train: Sequence length, seed of the initial weights, recomputation.
+        kernels: Which attention and norm.
         is_initialized: False leaves the weights undefined, for a caller that fills all of them.
     """
-    model = config.model
-    transformer = transformer_config(config)
-    attention = choose_attention(config.kernels.attention.value, cp_kind=config.parallel.cp_kind.value)
-    norm_name, norm = choose_norm(config.kernels.norm.value)
+    transformer = transformer_config(model, parallel=parallel, precision=precision, train=train)
+    attention = choose_attention(kernels.attention.value, cp_kind=parallel.cp_kind.value)
+    norm_name, norm = choose_norm(kernels.norm.value)
     log.info("kernels: attention=%s norm=%s", attention.backend, norm_name)
-    vp = config.parallel.vp
+    vp = parallel.vp
     # megatron-core's own way needs its gradient buffers, which ZeRO has not: model/chunks.py ties them.
-    is_tied_over_stages = model.tie_embeddings and config.parallel.pp > 1
+    is_tied_over_stages = model.tie_embeddings and parallel.pp > 1
     spec = (
         with_kernel(CoreAttention, attention),
         with_kernel(RmsNorm, norm),
@@ -75,7 +97,7 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
             transformer,
             _layer_spec(transformer, *spec, vp_stage=index if vp > 1 else None),
             vocab_size=padded_vocab_size(model.vocab_size, multiple=model.vocab_multiple),
-            max_sequence_length=config.train.seq_len,
+            max_sequence_length=train.seq_len,
             pre_process=topology.is_first_stage and index == 0,
             post_process=topology.is_last_stage and index == vp - 1,
             position_embedding_type="rope",
@@ -85,7 +107,7 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
         )
         for index in range(vp)
     ]
-    frequencies = inverse_frequencies(model, seq_len=config.train.seq_len)
+    frequencies = inverse_frequencies(model, seq_len=train.seq_len)
     for chunk in chunks:
         chunk.rotary_pos_emb = RotaryAngles(frequencies)
     tied_weight, tied_copy = None, None
@@ -96,7 +118,7 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
             pieces[OUTPUT] = tuple(replace(piece, key=EMBEDDING, is_owner=False) for piece in pieces[OUTPUT])
         for name, parameter in chunk.named_parameters():
             if is_initialized:
-                initialize_parameter(parameter, pieces[name], model=model, seed=config.train.seed)
+                initialize_parameter(parameter, pieces[name], model=model, seed=train.seed)
             # By this mark DeepSpeed and megatron-core tell a tensor-parallel part from a copy when they sum norms.
             parameter.tensor_model_parallel = any(p.shape != p.global_shape for p in pieces[name])
         if is_tied_over_stages and chunk.pre_process:
@@ -106,13 +128,14 @@ def build_model(config: RunConfig, topology: Topology, *, is_initialized: bool =
             del pieces[OUTPUT]
         layout |= {f"chunks.{index}.{name}": place for name, place in pieces.items()}
     module = Chunks(chunks, tied_weight=tied_weight)
-    return Stage(module=module, transformer=transformer, layout=layout, tied_copy=tied_copy)
+    return Stage(model=model, module=module, transformer=transformer, layout=layout, tied_copy=tied_copy)
 
 
-def transformer_config(config: RunConfig) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, train: TrainConfig
+) -> TransformerConfig:
     """megatron-core's configuration of this run; the one place where names are translated to its own."""
-    model, parallel = config.model, config.parallel
-    dtype = FLOATS[config.precision.dtype.full_name]
+    dtype = FLOATS[precision.dtype.full_name]
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -133,14 +156,14 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=config.precision.dtype == Dtype.bf16,
-        fp16=config.precision.dtype == Dtype.fp16,
+        bf16=precision.dtype == Dtype.bf16,
+        fp16=precision.dtype == Dtype.fp16,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
-        **_pipeline(config),
+        **_pipeline(parallel, num_layers=model.num_layers),
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
-        **_recompute(config.train),
+        **_recompute(train),
         # The loss function scales by the token count of the whole step itself.
         calculate_per_token_loss=True,
         # Parameters are allocated on the host and filled by initialize.py.
@@ -155,11 +178,10 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def _pipeline(config: RunConfig) -> dict[str, object]:
-    parallel = config.parallel
+def _pipeline(parallel: ParallelConfig, *, num_layers: int) -> dict[str, object]:
     if parallel.pp == 1:
         return {}
-    stages = parallel.layers_per_stage or split_layers(config.model.num_layers, parallel.pp * parallel.vp)
+    stages = parallel.layers_per_stage or split_layers(num_layers, parallel.pp * parallel.vp)
     names = [["decoder"] * layers for layers in stages]
     names[0].insert(0, "embedding")
     names[-1].append("loss")

@@ -8,17 +8,17 @@ Shape suffixes: B sequences of one micro-batch, S tokens of one sequence, of whi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megallama.config.schema import RunConfig
+from megallama.batches.loader import Loader, ReadAhead
+from megallama.batches.micro_batch import MicroBatch, RankPart, page_locked, positions
+from megallama.config.schema import DataConfig, EvalConfig, TrainConfig
 from megallama.host.errors import UserError
-from megallama.kernels.attention.zigzag import stretches, take_shard
+from megallama.kernels.attention.zigzag import stretches
 from megallama.stream.history import History, Pace
 from megallama.stream.ledger import from_plain, to_plain
 from megallama.stream.open import RunData, open_data
@@ -27,87 +27,67 @@ from megallama.stream.stream import Located, SampleStream, token_of
 _UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Sequences of one forward pass, or this context-parallel rank's part of them (L for S).
-
-    A stage in the middle of a pipeline reads no tokens: the first three are empty there, [B, 0].
-    """
-
-    tokens_BS: torch.Tensor
-    """int64: what the model reads."""
-    labels_BS: torch.Tensor
-    """int64: the token after each of them."""
-    loss_mask_BS: torch.Tensor
-    """float32: 1 where the label counts in the loss."""
-    positions_BS: torch.Tensor
-    """int64: position of each token in its sequence, [1, S], or in its document, [B, S]."""
-    document_starts: tuple[tuple[int, ...], ...]
-    """For each sequence, where documents start among all S positions, whatever part this rank holds; 0 first."""
-
-
-@dataclass(frozen=True)
-class RankPart:
-    """Which part of a step one rank reads."""
-
-    dp_rank: int = 0
-    dp_size: int = 1
-    num_micro_batches: int = 1
-    """Micro-batches of one step."""
-    cp_rank: int = 0
-    """Rank among the `parallel.cp` that share a sequence."""
-    is_reading_tokens: bool = True
-    """False on stages that need only where documents start."""
-
-
-class DataLoader:
+class DataLoader(Loader):
     """The batches of one data-parallel rank. Open it with `open_loader`."""
 
-    def __init__(self, config: RunConfig, data: RunData, *, part: RankPart) -> None:
+    record_name = "data"
+
+    def __init__(
+        self,
+        opened: RunData,
+        *,
+        data: DataConfig,
+        train: TrainConfig,
+        vocab_size: int,
+        evaluation: EvalConfig,
+        part: RankPart,
+    ) -> None:
         cut = part.dp_size * part.num_micro_batches
-        assert config.train.global_batch_size % cut == 0, (config.train.global_batch_size, part)
+        assert train.global_batch_size % cut == 0, (train.global_batch_size, part)
         assert 0 <= part.dp_rank < part.dp_size, part
-        self._config = config
-        self._data = data
+        self._data_config = data
+        self._train_config = train
+        self._vocab_size = vocab_size
+        self._evaluation = evaluation
+        self._data = opened
         self._part = part
-        self._seq_len = config.train.seq_len
-        self._spans = stretches(self._seq_len, cp_size=config.parallel.cp, cp_rank=part.cp_rank)
-        self._plain_positions = _page_locked(self._shard(positions(((0,),), seq_len=self._seq_len)))
+        self._seq_len = train.seq_len
+        self._spans = stretches(self._seq_len, cp_size=part.cp_size, cp_rank=part.cp_rank)
+        self._plain_positions = page_locked(part.shard(positions(((0,),), seq_len=self._seq_len)))
         self._train = self._continued(History(), step=0)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
+        self._ahead = ReadAhead(self._read_step)
 
     @property
     def num_validation_batches(self) -> int:
         """Global batches of one evaluation: `eval.batches`, fewer where the data does not hold as many."""
         if self._data.validation is None:
             return 0
-        in_one_epoch = sum(self._data.validation.epoch_samples) // self._config.train.global_batch_size
-        return min(self._config.eval.batches, max(1, in_one_epoch))
+        in_one_epoch = sum(self._data.validation.epoch_samples) // self._train_config.global_batch_size
+        return min(self._evaluation.batches, max(1, in_one_epoch))
 
-    def resume(self, ledger: Any, *, step: int, consumed_samples: int) -> None:
-        """Go on at `step` with the mix of the configuration, after what `ledger` says was consumed.
+    def resume(self, record: Any, *, step: int, consumed_samples: int) -> None:
+        """Go on at `step` with the mix of the configuration, after what `record` says was consumed.
 
         Args:
-            ledger: What `ledger` gave to the checkpoint; None if an older megallama wrote it.
+            record: What `ledger` gave to the checkpoint; None if an older megallama wrote it.
             step: Completed steps.
             consumed_samples: Sequences that they took.
 
         Raises:
             UserError: the ledger is of another version, damaged, or of another run.
         """
-        if ledger is None:
+        if record is None:
             # Its order of samples is not ours: every source begins anew.
-            before = History(paces=(Pace(step, consumed_samples, self._config.train.global_batch_size),))
+            before = History(paces=(Pace(step, consumed_samples, self._train_config.global_batch_size),))
         else:
-            before = from_plain(ledger)
-            recorded = ledger["step"], before.first_sample(ledger["step"])
+            before = from_plain(record)
+            recorded = record["step"], before.first_sample(record["step"])
             if recorded != (step, consumed_samples):
                 raise UserError(
                     f"the record of consumed data (step {recorded[0]}, {recorded[1]} samples) is"
                     f" not of this checkpoint (step {step}, {consumed_samples} samples): go on from another one"
                 )
-        self._ahead = None
+        self._ahead.forget()
         self._train = self._continued(before, step=step)
 
     def check_enough(self) -> None:
@@ -116,7 +96,7 @@ class DataLoader:
         Raises:
             UserError: it runs out before.
         """
-        shortage = self._train.history.shortage(self._config.train.steps)
+        shortage = self._train.history.shortage(self._train_config.steps)
         if shortage is not None:
             raise UserError(shortage)
 
@@ -148,15 +128,8 @@ class DataLoader:
         Raises:
             UserError: a token id that the model does not have, a damaged file, or no data left.
         """
-        ahead, self._ahead = self._ahead, None
-        try:
-            if ahead is not None and ahead[0] == step:
-                return ahead[1].result()
-            return self._read(self._train, self._train.samples(step))
-        finally:
-            if step + 1 < min(self._config.train.steps, self._train.history.num_steps()):
-                samples = self._train.samples(step + 1)
-                self._ahead = (step + 1, self._thread.submit(self._read, self._train, samples))
+        last = min(self._train_config.steps, self._train.history.num_steps())
+        return self._ahead(step, has_next=step + 1 < last)
 
     def validation_batches(self) -> list[list[MicroBatch]]:
         """The micro-batches of each validation batch, always the same ones, from the first sample on.
@@ -174,21 +147,18 @@ class DataLoader:
 
     def close(self) -> None:
         """Ends the background reading."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
 
     def _continued(self, before: History, *, step: int) -> SampleStream:
-        batch = self._config.train.global_batch_size
+        batch = self._train_config.global_batch_size
         history = before.continued(step, global_batch_size=batch, plan=self._data.plan)
         return SampleStream(history, self._data.shelf)
 
+    def _read_step(self, step: int) -> list[MicroBatch]:
+        return self._read(self._train, self._train.samples(step))
+
     def _read(self, stream: SampleStream, samples: range) -> list[MicroBatch]:
-        share = len(samples) // self._part.dp_size
-        size = share // self._part.num_micro_batches
-        first = self._part.dp_rank * share
-        return [
-            self._micro_batch(stream, samples[start : start + size])
-            for start in range(first, first + share, size)
-        ]
+        return [self._micro_batch(stream, numbers) for numbers in self._part.split(samples)]
 
     def _micro_batch(self, stream: SampleStream, samples: Sequence[int]) -> MicroBatch:
         located = [stream.locate(sample) for sample in samples]
@@ -206,21 +176,16 @@ class DataLoader:
         return MicroBatch(
             tokens_BS=tokens_BL,
             labels_BS=labels_BL,
-            loss_mask_BS=_page_locked(self._loss_mask(labels_BL, starts)),
+            loss_mask_BS=page_locked(self._loss_mask(labels_BL, starts)),
             positions_BS=self._positions(inside),
             document_starts=inside,
         )
 
     def _positions(self, document_starts: Sequence[Sequence[int]]) -> torch.Tensor:
         # Rotary positions matter by their differences only, so rows that differ need not cost memory.
-        if not self._config.data.reset_positions:
+        if not self._data_config.reset_positions:
             return self._plain_positions
-        return _page_locked(self._shard(positions(document_starts, seq_len=self._seq_len)))
-
-    def _shard(self, x_BS: torch.Tensor) -> torch.Tensor:
-        """What this context-parallel rank holds of a tensor over whole sequences."""
-        cp_size = self._config.parallel.cp
-        return take_shard(x_BS, dim=1, cp_size=cp_size, cp_rank=self._part.cp_rank).contiguous()
+        return page_locked(self._part.shard(positions(document_starts, seq_len=self._seq_len)))
 
     def _fill(
         self,
@@ -250,15 +215,15 @@ class DataLoader:
             return mask_BL
         if self._data.eod_id is not None:
             mask_BL[labels_BL == self._data.eod_id] = 0
-        if not self._config.data.loss_after_eod:
+        if not self._data_config.loss_after_eod:
             counted_BS = torch.ones(len(starts), self._seq_len)
             for row, row_starts in enumerate(starts):
                 counted_BS[row, [start - 1 for start in row_starts if start]] = 0
-            mask_BL *= self._shard(counted_BS)
+            mask_BL *= self._part.shard(counted_BS)
         return mask_BL
 
     def _check(self, view: npt.NDArray[np.integer], sample: Located, first: int) -> None:
-        vocab_size = self._config.model.vocab_size
+        vocab_size = self._vocab_size
         # Without a sign, negative numbers are the largest.
         if int(np.maximum.reduce(view.view(_UNSIGNED[view.itemsize]))) < vocab_size:
             return
@@ -270,38 +235,25 @@ class DataLoader:
         )
 
 
-def _page_locked(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
-
-
-def positions(document_starts: Sequence[Sequence[int]], *, seq_len: int) -> torch.Tensor:
-    """Positions [B, S], int64, counted from the last start of each row."""
-    position_S = torch.arange(seq_len)
-    first_BS = torch.zeros(len(document_starts), seq_len, dtype=torch.int64)
-    for row, starts in enumerate(document_starts):
-        first_BS[row, list(starts)] = torch.tensor(starts)
-    return position_S - first_BS.cummax(dim=1).values
-
-
 def open_loader(
-    config: RunConfig,
+    data: DataConfig,
     *,
-    dp_rank: int,
-    dp_size: int,
-    num_micro_batches: int,
-    cp_rank: int = 0,
-    is_reading_tokens: bool = True,
+    train: TrainConfig,
+    vocab_size: int,
+    evaluation: EvalConfig,
+    part: RankPart,
 ) -> DataLoader:
-    """Opens the data of a run for one rank; the arguments are those of `RankPart`.
+    """Opens the data of a run for one rank.
+
+    Args:
+        data: Sources, and what of their tokens counts.
+        train: Sizes and length of the run; the index of its samples lies in `run_dir`.
+        vocab_size: Token ids must be below.
+        evaluation: How much is evaluated on.
+        part: What this rank reads.
 
     Raises:
         ConfigError: missing or damaged files, a vocabulary larger than the model's, or sources that cannot be mixed.
     """
-    part = RankPart(
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        num_micro_batches=num_micro_batches,
-        cp_rank=cp_rank,
-        is_reading_tokens=is_reading_tokens,
-    )
-    return DataLoader(config, open_data(config), part=part)
+    opened = open_data(data, train=train, vocab_size=vocab_size)
+    return DataLoader(opened, data=data, train=train, vocab_size=vocab_size, evaluation=evaluation, part=part)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megallama.config.check_files import check_data_schedule, check_numbers
-from megallama.config.schema import Packing, RunConfig, SourceConfig
+from megallama.config.schema import DataConfig, Packing, RunConfig, SourceConfig, TrainConfig
 from megallama.host.errors import ConfigError, UserError
 from megallama.stream.history import History, Mix
 from megallama.stream.source import JoinedSource, TokenSource, cut_for_validation
@@ -37,20 +37,20 @@ class RunData:
     """The end-of-document token, known where the loss leaves it out."""
 
 
-def open_data(config: RunConfig) -> RunData:
-    """The data that `config` names.
+def open_data(data: DataConfig, *, train: TrainConfig, vocab_size: int) -> RunData:
+    """The data that `data` names, cut and drawn as `train` says, for a model of `vocab_size` token ids.
 
     Raises:
         ConfigError: missing or damaged files, a vocabulary larger than the model's, or sources that cannot be mixed;
             all of a kind at once.
     """
-    problems = [problem for path in source_paths(config) for problem in check_token_file(path)]
+    problems = [problem for path in source_paths(data) for problem in check_token_file(path)]
     if problems:
         raise ConfigError(problems)
-    files = {path: open_files(path) for path in source_paths(config)}
+    files = {path: open_files(path) for path in source_paths(data)}
     for path, parts in files.items():
-        _check_vocabulary(path, parts, vocab_size=config.model.vocab_size)
-    return _open(config, files, index_folder=Path(config.train.run_dir) / INDEX_FOLDER)
+        _check_vocabulary(path, parts, vocab_size=vocab_size)
+    return _open(data, train, files, index_folder=Path(train.run_dir) / INDEX_FOLDER)
 
 
 def data_problems(config: RunConfig) -> list[str]:
@@ -60,48 +60,47 @@ def data_problems(config: RunConfig) -> list[str]:
     own refuse (files that are not whole, numbers out of range) are passed over. Where documents are cut, windows are
     not counted but bounded from above. How much a run that has checkpoints still needs is known when it reads one.
     """
-    sound = _with_sound_sources(config)
-    if not _is_mixable(sound.data.sources):
+    sound = _with_sound_sources(config.data)
+    if not _is_mixable(sound.sources):
         return []
+    files = {path: open_files(path) for path in source_paths(sound)}
     try:
-        data = _open(sound, {path: open_files(path) for path in source_paths(sound)}, index_folder=None)
+        data = _open(sound, config.train, files, index_folder=None)
     except ConfigError as error:
         return list(error.problems)
     has_checkpoints = any((Path(config.train.run_dir) / "checkpoints").glob("*"))
-    if sound != config or has_checkpoints or any(check_data_schedule(config)):
+    if sound != config.data or has_checkpoints or any(check_data_schedule(config)):
         return []
     batch = config.train.global_batch_size
     shortage = History().continued(0, global_batch_size=batch, plan=data.plan).shortage(config.train.steps)
     return [] if shortage is None else [shortage]
 
 
-def source_paths(config: RunConfig) -> list[str]:
+def source_paths(data: DataConfig) -> list[str]:
     """Every path that the data of a run is read from, each once."""
-    return list(dict.fromkeys(entry.path for entry in config.data.all_sources()))
+    return list(dict.fromkeys(entry.path for entry in data.all_sources()))
 
 
 def _is_mixable(sources: Sequence[SourceConfig]) -> bool:
     return any(source.weight > 0 for source in sources)
 
 
-def _with_sound_sources(config: RunConfig) -> RunConfig:
-    """`config` without sources that rules of their own refuse, and without mixes of which nothing is left."""
-    is_whole = {path: not check_token_file(path) for path in source_paths(config)}
+def _with_sound_sources(data: DataConfig) -> DataConfig:
+    """`data` without sources that rules of their own refuse, and without mixes of which nothing is left."""
+    is_whole = {path: not check_token_file(path) for path in source_paths(data)}
 
     def sound(key: str, sources: Sequence[SourceConfig]) -> list[SourceConfig]:
         return [source for source in sources if is_whole[source.path] and _has_sound_numbers(key, source)]
 
     mixes = [
-        replace(mix, sources=sound(f"data.schedule.{n}", mix.sources))
-        for n, mix in enumerate(config.data.schedule)
+        replace(mix, sources=sound(f"data.schedule.{n}", mix.sources)) for n, mix in enumerate(data.schedule)
     ]
-    data = replace(
-        config.data,
-        sources=sound("data.sources", config.data.sources),
+    return replace(
+        data,
+        sources=sound("data.sources", data.sources),
         schedule=[mix for mix in mixes if _is_mixable(mix.sources)],
-        validation=sound("data.validation", config.data.validation),
+        validation=sound("data.validation", data.validation),
     )
-    return replace(config, data=data)
 
 
 def _has_sound_numbers(key: str, source: SourceConfig) -> bool:
@@ -109,19 +108,19 @@ def _has_sound_numbers(key: str, source: SourceConfig) -> bool:
     return all(map(math.isfinite, numbers)) and not any(check_numbers(f"{key}.0", source))
 
 
-def _open(config: RunConfig, files: dict[str, list[TokenFile]], *, index_folder: Path | None) -> RunData:
+def _open(
+    data: DataConfig, train: TrainConfig, files: dict[str, list[TokenFile]], *, index_folder: Path | None
+) -> RunData:
     problems: list[str] = []
-    opened = _open_sources(config, files, problems=problems)
-    eod_id = None if config.data.loss_on_eod else _tried(partial(_eod_id, files), problems=problems)
+    opened = _open_sources(data, files, problems=problems)
+    eod_id = None if data.loss_on_eod else _tried(partial(_eod_id, files), problems=problems)
     shelf = SourceShelf(
         [source for pair in opened.values() for source in pair if source is not None],
         index_folder=index_folder,
     )
-    cutting = Cutting(
-        seq_len=config.train.seq_len, seed=config.train.seed, is_cut=config.data.packing is Packing.cut
-    )
-    planned = [(0, config.data.sources)]
-    planned += [(entry.from_step, entry.sources) for entry in config.data.schedule]
+    cutting = Cutting(seq_len=train.seq_len, seed=train.seed, is_cut=data.packing is Packing.cut)
+    planned = [(0, data.sources)]
+    planned += [(entry.from_step, entry.sources) for entry in data.schedule]
     plan: list[tuple[int, Mix]] = []
     for step, sources in planned:
         entries = _train_entries(opened, sources)
@@ -130,7 +129,10 @@ def _open(config: RunConfig, files: dict[str, list[TokenFile]], *, index_folder:
         mix = _tried(partial(build_mix, shelf, entries, cutting=cutting), problems=problems)
         if mix is not None:
             plan.append((step, mix))
-    validation = _tried(partial(_validation, config, shelf, opened, cutting=cutting), problems=problems)
+    build_validation = partial(
+        _validation, data, shelf, opened, cutting=cutting, global_batch_size=train.global_batch_size
+    )
+    validation = _tried(build_validation, problems=problems)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return RunData(shelf=shelf, plan=tuple(plan), validation=validation, eod_id=eod_id)
@@ -188,10 +190,10 @@ _Opened = dict[tuple[str, float], tuple[JoinedSource, JoinedSource | None]]
 """(path, validation fraction) -> (what is trained on, what is held out)."""
 
 
-def _open_sources(config: RunConfig, files: dict[str, list[TokenFile]], *, problems: list[str]) -> _Opened:
+def _open_sources(data: DataConfig, files: dict[str, list[TokenFile]], *, problems: list[str]) -> _Opened:
     opened: _Opened = {}
     for path, fraction in dict.fromkeys(
-        (entry.path, entry.validation_fraction) for entry in config.data.all_sources()
+        (entry.path, entry.validation_fraction) for entry in data.all_sources()
     ):
         whole = JoinedSource(path, files[path], content=_content(path))
         pair = _tried(partial(_cut, whole, files[path], fraction), problems=problems)
@@ -217,13 +219,13 @@ def _train_entries(
 
 
 def _validation(
-    config: RunConfig, shelf: SourceShelf, opened: _Opened, *, cutting: Cutting
+    data: DataConfig, shelf: SourceShelf, opened: _Opened, *, cutting: Cutting, global_batch_size: int
 ) -> SampleStream | None:
     """Validation data, and what sources hold out, in the order of the files."""
     entries: list[tuple[TokenSource, float, float | None]] = [
-        (opened[entry.path, 0.0][0], entry.weight, None) for entry in config.data.validation if entry.weight
+        (opened[entry.path, 0.0][0], entry.weight, None) for entry in data.validation if entry.weight
     ]
-    for entry in config.data.sources:
+    for entry in data.sources:
         held_out = opened.get((entry.path, entry.validation_fraction), (None, None))[1]
         if held_out is not None and entry.weight:
             entries.append((held_out, entry.weight, None))
@@ -231,7 +233,7 @@ def _validation(
         return None
     in_order = Cutting(cutting.seq_len, cutting.seed, is_cut=cutting.is_cut, is_shuffled=False)
     mix = build_mix(shelf, entries, cutting=in_order)
-    history = History().continued(0, global_batch_size=config.train.global_batch_size, plan=[(0, mix)])
+    history = History().continued(0, global_batch_size=global_batch_size, plan=[(0, mix)])
     return SampleStream(history, shelf)
 
 

@@ -12,20 +12,20 @@ from megallama.compat.megatron_core import install_cpu_stand_ins
 from megallama.config.schema import ParallelConfig
 from megallama.grid import Grid
 from megallama.host.errors import UserError
-from megallama.host.launch import LaunchEnvironment, tell_libraries
+from megallama.host.launch import LaunchEnvironment, read_launch_environment, tell_libraries
 from megallama.topology.groups import Topology
 from megallama.topology.rendezvous import TIMEOUT, meet
 
 
 @contextmanager
 def connect(
-    parallel: ParallelConfig, *, environment: LaunchEnvironment, job_index: int = 0
+    parallel: ParallelConfig, *, environment: LaunchEnvironment | None = None, job_index: int = 0
 ) -> Iterator[Topology]:
     """Process groups of this job; they are torn down at the end, so that a process can run several jobs.
 
     Args:
         parallel: Sizes of the axes.
-        environment: Rank, world size and rendezvous address, as torchrun sets them.
+        environment: Rank, world size and rendezvous address; from torchrun's variables if not given.
         job_index: Number of the job in this process (multirun); keeps the rendezvous of two jobs apart.
 
     Raises:
@@ -33,6 +33,7 @@ def connect(
     """
     from megatron.core import parallel_state
 
+    environment = environment or read_launch_environment()
     install_cpu_stand_ins()
     tell_libraries(environment)
     device = _device(environment)

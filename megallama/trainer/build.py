@@ -1,4 +1,4 @@
-"""Builds the trainer from engine and data, at the step where the run folder stands."""
+"""Builds the loop from engine and data, at the step where the run folder stands."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -16,6 +19,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from megallama.batches.loader import Loader
+from megallama.checkpoint.format.boxes import build_boxes
 from megallama.checkpoint.format.model_identity import model_identity
 from megallama.config.load import to_yaml
 from megallama.config.schema import RunConfig
@@ -23,15 +28,25 @@ from megallama.engine.build import Engine
 from megallama.host.errors import UserError
 from megallama.host.launch import LaunchEnvironment
 from megallama.host.log import start_log, stop_log
+from megallama.metrics.meter import build_meter
+from megallama.metrics.recorder import build_recorder
 from megallama.metrics.traffic_meter import TrafficMeter
 from megallama.stream.loader import DataLoader
 from megallama.topology.agreement import Ranks
 from megallama.topology.groups import Topology
-from megallama.trainer.hooks.base import CheckpointHook, EvalHook, GuardHook, Hook, StopHook
+from megallama.trainer.hooks.base import (
+    CheckpointHook,
+    EvalHook,
+    GuardHook,
+    Hook,
+    ParameterPart,
+    RunView,
+    StopHook,
+)
 from megallama.trainer.hooks.metrics import MetricsHook
 from megallama.trainer.hooks.samples import SamplesHook
 from megallama.trainer.hooks.traffic import MeteredEngine
-from megallama.trainer.loop import StepEngine, Trainer
+from megallama.trainer.loop import Loop, StepEngine
 from megallama.trainer.resume import describe_layout, start_run
 from megallama.trainer.run_folder import RunFolder
 from megallama.trainer.saver import Saver, SaveReportHook
@@ -75,58 +90,107 @@ def _not_writable(folder: RunFolder, error: OSError) -> UserError:
     )
 
 
-def build_trainer(
+def build_loop(
     config: RunConfig,
-    topology: Topology,
     *,
+    topology: Topology,
     engine: Engine,
-    loader: DataLoader,
+    loader: Loader,
     folder: RunFolder,
     environment: LaunchEnvironment,
-) -> Trainer:
-    """The trainer, resumed from the newest checkpoint that verifies, if there is one."""
-    state = start_run(config, topology, engine=engine, loader=loader, folder=folder)
-    loader.check_enough()
-    # Every rank learns of a failure, so that none waits for the others.
-    Ranks(topology.host_group).first(lambda: folder.write_ledger(loader.ledger(state.step)))
+    hooks: Sequence[Hook] = (),
+) -> Loop:
+    """The loop, resumed from the newest checkpoint that verifies, if there is one; `hooks` are the user's own."""
     train = config.train
-    layout = describe_layout(config, topology)
+    state = start_run(
+        folder,
+        topology=topology,
+        model=config.model,
+        engine=engine,
+        loader=loader,
+        init_from=train.init_from,
+    )
+    loader.check_enough()
+    if isinstance(loader, DataLoader):
+        ledger = loader.ledger(state.step)
+        # Every rank learns of a failure, so that none waits for the others.
+        Ranks(topology.host_group).first(lambda: folder.write_ledger(ledger))
+    layout = describe_layout(topology, parallel=config.parallel, zero=config.zero, precision=config.precision)
     saver = Saver(
         folder.checkpoints,
         config.checkpoint,
         topology,
         engine=engine,
         model=model_identity(config.model),
-        describe=lambda step: {"layout": layout, "data": loader.ledger(step)},
+        describe=lambda step: {"layout": layout, loader.record_name: loader.ledger(step)},
         resumed_step=state.step if state.step > 0 else None,
     )
 
-    hooks: list[Hook] = [SaveReportHook(saver)]
+    chain: list[Hook] = [SaveReportHook(saver)]
     if loader.num_validation_batches:
-        hooks.append(
+        chain.append(
             EvalHook(engine, loader.validation_batches, interval=config.eval.interval, last_step=train.steps)
         )
     stepper: StepEngine = engine
     if config.log.traffic and topology.rank == 0:
         stepper = metered = MeteredEngine(engine, TrafficMeter(topology))
-        hooks.append(metered)
+        chain.append(metered)
+    # They see the numbers of evaluation and may add their own, before the step is recorded or saved.
+    chain += hooks
     if topology.rank == 0:
-        hooks.append(MetricsHook(config, topology, folder=folder, has_wandb_key=environment.has_wandb_key))
-    if config.log.samples:
-        hooks += _samples_hooks(topology, folder=folder, loader=loader, completed_steps=state.step)
-    hooks.append(GuardHook())
-    hooks.append(CheckpointHook(saver, interval=config.checkpoint.interval, last_step=train.steps))
-    hooks.append(SignalHook(topology, saver))
-    hooks.append(LoaderHook(loader))
-    return Trainer(
+        chain.append(_metrics_hook(config, topology, folder=folder, environment=environment))
+    if config.log.samples and isinstance(loader, DataLoader):
+        chain += _samples_hooks(topology, folder=folder, loader=loader, completed_steps=state.step)
+    chain.append(GuardHook())
+    chain.append(CheckpointHook(saver, interval=config.checkpoint.interval, last_step=train.steps))
+    chain.append(SignalHook(topology, saver))
+    chain.append(LoaderHook(loader))
+    view = RunView(
+        rank=topology.rank,
+        world_size=topology.world_size,
+        folder=folder.path,
+        parameters=partial(_parameters, engine),
+    )
+    return Loop(
         stepper,
         loader,
         state=state,
-        hooks=hooks,
+        run=view,
+        hooks=chain,
         steps=train.steps,
         samples_per_step=train.global_batch_size,
         tokens_per_step=train.global_batch_size * train.seq_len,
     )
+
+
+def _parameters(engine: Engine) -> Iterator[ParameterPart]:
+    for key, tensor in build_boxes(engine.fragments(), engine.layout, cap_elements=None).items():
+        kind, _, name = key.partition("/")
+        if kind == "fp32" and tensor.is_owner:
+            yield ParameterPart(name=name, shape=tensor.global_shape, boxes=tensor.boxes)
+
+
+def _metrics_hook(
+    config: RunConfig, topology: Topology, *, folder: RunFolder, environment: LaunchEnvironment
+) -> MetricsHook:
+    meter, facts = build_meter(
+        config.model,
+        train=config.train,
+        precision=config.precision,
+        world_size=topology.world_size,
+        device=topology.device,
+    )
+    open_recorder = partial(
+        build_recorder,
+        config.log,
+        steps=config.train.steps,
+        run_values=asdict(config),
+        run_dir=folder.path,
+        is_terminal=sys.stdout.isatty(),
+        wandb_key_present=environment.has_wandb_key,
+        facts=facts,
+    )
+    return MetricsHook(meter, open_recorder)
 
 
 def _samples_hooks(
@@ -155,7 +219,7 @@ class SignalHook(StopHook):
         self._received_s: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
-    def start(self, state: TrainState) -> None:
+    def start(self, state: TrainState, run: RunView) -> None:
         """Listen."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._receive)
@@ -192,7 +256,7 @@ def _end_at_once(number: int, *, is_first: bool) -> NoReturn:
 class LoaderHook(Hook):
     """Ends the loader's background reading with the run."""
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def finish(self, state: TrainState) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from megallama.config.schema import RunConfig
+from megallama.config.schema import DataConfig
 from megallama.host.errors import ConfigError
 from megallama.stream.open import source_paths
 from megallama.tokens.checksums import compare_checksums, compared_bytes
@@ -17,25 +17,25 @@ log = logging.getLogger(__name__)
 _BYTES_BETWEEN_SIGNS = 8 << 30
 
 
-def check_checksums(config: RunConfig, topology: Topology) -> None:
+def check_checksums(data: DataConfig, topology: Topology) -> None:
     """That the data is what was prepared, where the configuration asks for it.
 
     Raises:
         UserError: some file differs from its checksum; the same on every rank.
     """
-    if not config.data.verify_checksums:
+    if not data.verify_checksums:
         return
     ranks = Ranks(topology.host_group)
-    reading = _read(config)
+    reading = _read(data)
     # A sign of life now and then, so that no wait for a corpus of any size is a timeout.
     while ranks.first(lambda: next(reading, None)) is not None:
         pass
 
 
-def _read(config: RunConfig) -> Iterator[int]:
+def _read(data: DataConfig) -> Iterator[int]:
     """Bytes read so far, every few seconds."""
     problems: list[str] = []
-    sizes = {path: compared_bytes(path) for path in source_paths(config)}
+    sizes = {path: compared_bytes(path) for path in source_paths(data)}
     log.info(
         "comparing %.1f GB of data with their checksums (data.verify_checksums)", sum(sizes.values()) / 1e9
     )

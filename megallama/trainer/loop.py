@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megallama.engine.step import StepResult
-from megallama.trainer.hooks.base import Hook, StepReport, StopTraining
+from megallama.trainer.hooks.base import Hook, RunView, StepReport, StopTraining
 from megallama.trainer.state import TrainState
 
 
@@ -19,20 +19,21 @@ class StepEngine(Protocol):
         """One optimizer step."""
 
 
-class Loader(Protocol):
+class BatchSource(Protocol):
     """What the loop needs of the data."""
 
     def batches(self, step: int) -> Sequence[Any]:
         """This rank's micro-batches of `step`."""
 
 
-class Trainer:
+class Loop:
     """Runs steps until `steps` are completed.
 
     Args:
         engine: Takes the steps.
         loader: Gives the micro-batches of a step.
         state: Where the run stands; a resumed one does not begin at 0.
+        run: What hooks may look at.
         hooks: Called in this order after each step.
         steps: Optimizer steps of the whole run.
         samples_per_step: Sequences of one step over the job.
@@ -42,9 +43,10 @@ class Trainer:
     def __init__(
         self,
         engine: StepEngine,
-        loader: Loader,
+        loader: BatchSource,
         *,
         state: TrainState,
+        run: RunView,
         hooks: Sequence[Hook],
         steps: int,
         samples_per_step: int,
@@ -53,6 +55,7 @@ class Trainer:
         self.engine = engine
         self.loader = loader
         self.state = state
+        self.run = run
         self.hooks = tuple(hooks)
         self.steps = steps
         self.samples_per_step = samples_per_step
@@ -66,7 +69,7 @@ class Trainer:
                 stack.callback(hook.finish, self.state)
             try:
                 for hook in self.hooks:
-                    hook.start(self.state)
+                    hook.start(self.state, self.run)
                 while self.state.step < self.steps:
                     report = self._step()
                     for hook in self.hooks:

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megallama.batches.loader import Loader
 from megallama.checkpoint.distributed.store import load_checkpoint
 from megallama.checkpoint.format.boxes import build_boxes
 from megallama.checkpoint.format.integrity import intact_checkpoint, latest_checkpoint
 from megallama.checkpoint.format.model_identity import model_differences, model_identity
 from megallama.checkpoint.format.protocol import read_manifest, step_name
 from megallama.config.same_model import WITHOUT_WEIGHTS
-from megallama.config.schema import RunConfig
+from megallama.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, ZeroConfig
 from megallama.engine.build import Engine
 from megallama.host.errors import UserError
 from megallama.huggingface.weights import load_hugging_face
-from megallama.stream.loader import DataLoader
 from megallama.topology.agreement import Ranks
 from megallama.topology.groups import Topology
 from megallama.trainer.init_from import is_hugging_face_source
@@ -32,52 +32,60 @@ COUNTERS = {"adam_step", "loss_scale", "loss_scale_iteration", "loss_scale_last_
 
 
 def start_run(
-    config: RunConfig, topology: Topology, *, engine: Engine, loader: DataLoader, folder: RunFolder
+    folder: RunFolder,
+    *,
+    topology: Topology,
+    model: ModelConfig,
+    engine: Engine,
+    loader: Loader,
+    init_from: str | None,
 ) -> TrainState:
     """Fill the engine and set the loader to its place; the progress that the run begins with.
 
     The newest checkpoint of the run folder that verifies is resumed from; damaged ones are named in the log. Where
-    there is none, `train.init_from` gives the weights, with a fresh optimizer, from step 0.
+    there is none, `init_from` gives the weights, with a fresh optimizer, from step 0.
 
     Raises:
         UserError: checkpoints are there and none can be used, or one is of another model.
     """
     path = latest_checkpoint(folder.checkpoints, log=log.warning, group=topology.host_group)
-    source = config.train.init_from
     if path is not None:
-        if source is not None:
-            log.info("train.init_from (%s) is not used: the run has checkpoints of its own", source)
-        return _resume(config, topology, engine=engine, loader=loader, path=path)
-    if source is not None:
-        _take_weights(config, topology, engine=engine, source=Path(source))
+        if init_from is not None:
+            log.info("train.init_from (%s) is not used: the run has checkpoints of its own", init_from)
+        return _resume(path, topology=topology, model=model, engine=engine, loader=loader)
+    if init_from is not None:
+        _take_weights(Path(init_from), topology=topology, model=model, engine=engine)
     return TrainState()
 
 
-def describe_layout(config: RunConfig, topology: Topology) -> dict[str, Any]:
+def describe_layout(
+    topology: Topology, *, parallel: ParallelConfig, zero: ZeroConfig, precision: PrecisionConfig
+) -> dict[str, Any]:
     """How the run that writes a checkpoint is cut: for people, a load needs none of it."""
     grid = topology.grid
     sizes = {"ranks": topology.world_size, "dp": grid.dp, "tp": grid.tp, "pp": grid.pp, "cp": grid.cp}
     return {
         **sizes,
-        "vp": config.parallel.vp,
-        "zero": config.zero.stage,
-        "dtype": config.precision.dtype.value,
+        "vp": parallel.vp,
+        "zero": zero.stage,
+        "dtype": precision.dtype.value,
     }
 
 
 def _resume(
-    config: RunConfig, topology: Topology, *, engine: Engine, loader: DataLoader, path: Path
+    path: Path, *, topology: Topology, model: ModelConfig, engine: Engine, loader: Loader
 ) -> TrainState:
     group = topology.host_group
     stored = Ranks(group).first(lambda: read_manifest(path).state)
     state, counters = _progress(path, stored), _counters(path, stored)
-    if "data" not in stored:
+    record = stored.get(loader.record_name)
+    if record is None and loader.record_name == "data":
         log.warning("%s has no record of consumed data: every source begins a new epoch", path)
-    loader.resume(stored.get("data"), step=state.step, consumed_samples=state.consumed_samples)
+    loader.resume(record, step=state.step, consumed_samples=state.consumed_samples)
     load_checkpoint(
         path,
         tensors=build_boxes(engine.fragments(), engine.layout),
-        model=model_identity(config.model),
+        model=model_identity(model),
         group=group,
     )
     engine.restore(counters)
@@ -85,21 +93,21 @@ def _resume(
     return state
 
 
-def _take_weights(config: RunConfig, topology: Topology, *, engine: Engine, source: Path) -> None:
+def _take_weights(source: Path, *, topology: Topology, model: ModelConfig, engine: Engine) -> None:
     group, path = topology.host_group, source
     tensors = build_boxes(engine.fragments(), engine.layout)
-    model = model_identity(config.model)
+    identity = model_identity(model)
     if Ranks(group).first(lambda: is_hugging_face_source(source)):
-        there = load_hugging_face(source, tensors=tensors, model=config.model, group=group)
+        there = load_hugging_face(source, tensors=tensors, model=model, group=group)
     else:
         path = intact_checkpoint(source, log=log.warning, group=group)
         load_checkpoint(
-            path, tensors=tensors, model=model, kind="fp32", may_differ=WITHOUT_WEIGHTS, group=group
+            path, tensors=tensors, model=identity, kind="fp32", may_differ=WITHOUT_WEIGHTS, group=group
         )
         there = Ranks(group).first(lambda: read_manifest(path).model)
     engine.restore(engine.counters())
     log.info("weights from %s, fresh optimizer", path)
-    differences = model_differences(there, model)
+    differences = model_differences(there, identity)
     if differences and topology.rank == 0:
         log.warning(
             "the weights of %s were trained with other settings than this run's (%s)",

@@ -16,12 +16,13 @@ from megallama.config.load import load_config
 from megallama.expand_vocab import expand_vocab
 from megallama.host.errors import UserError
 from megallama.host.launch import read_launch_environment
-from megallama.model.build import EMBEDDING, OUTPUT, build_model
+from megallama.model.build import EMBEDDING, OUTPUT
 from megallama.prepare.run import prepare
 from megallama.tokenizers.load import SentencePieceTokenizer, load_tokenizer
 from megallama.tokenizers.merge import merge_tokenizers
 from megallama.tokenizers.training import train_tokenizer
 from megallama.topology.connect import connect
+from tests.support.builders import build_stage
 from tests.support.corpus import write_corpus
 from tests.support.jobs import metrics, overrides, run_job, train, worst_relative
 from tests.support.materials import QWEN, chinese_chapters
@@ -104,7 +105,7 @@ def logits_of(arguments: tuple[Path, int, int, bool]) -> torch.Tensor:
     words += ["train.seq_len=32", "train.global_batch_size=2", "optim.lr=1", "data.sources=[]"]
     config = load_config(words)
     with connect(config.parallel, environment=read_launch_environment()) as topology, torch.no_grad():
-        stage = build_model(config, topology, is_initialized=False)
+        stage = build_stage(config, topology, is_initialized=False)
         reader = CheckpointReader(path)
         for name, parameter in stage.module.named_parameters():
             for piece in stage.layout[name]:

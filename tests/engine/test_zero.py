@@ -9,15 +9,13 @@ import torch
 
 from megallama.config.load import load_config
 from megallama.engine import state
-from megallama.engine.build import build_engine
 from megallama.engine.fragment import Fragment
 from megallama.engine.schedule import run_schedule
 from megallama.engine.state import check_fragments, counters, load_counters
 from megallama.engine.zero import ZeroEngine, deepspeed_config
 from megallama.host.launch import read_launch_environment
-from megallama.model.build import build_model
-from megallama.stream.build import build_loader
 from megallama.topology.connect import connect
+from tests.support.builders import build_stage, engine_of, loader_of
 from tests.support.jobs import overrides
 from tests.support.ranks import run_ranks
 
@@ -26,9 +24,9 @@ def with_engine(arguments, work):
     """`work(engine, module, loader, topology, config)` on one rank; called in every rank."""
     config = load_config(arguments)
     with connect(config.parallel, environment=read_launch_environment()) as topology:
-        stage = build_model(config, topology)
-        engine = build_engine(config, topology, stage)
-        loader = build_loader(config, topology)
+        stage = build_stage(config, topology)
+        engine = engine_of(config, topology, stage)
+        loader = loader_of(config, topology)
         return work(engine, stage.module, loader, topology, config)
 
 
@@ -221,7 +219,14 @@ def test_a_gradient_that_is_no_number_is_a_fault_in_bf16(stage, tmp_path):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_sums_are_fp32_in_every_precision(stage, dtype, tmp_path):
     config = load_config(overrides(tmp_path, f"zero.stage={stage}", f"precision.dtype={dtype}"))
-    settings = deepspeed_config(config, shard_size=4)
+    settings = deepspeed_config(
+        config.zero,
+        precision=config.precision,
+        clip=config.optim.clip,
+        hidden_size=config.model.hidden_size,
+        micro_batch_size=config.train.micro_batch_size,
+        shard_size=4,
+    )
     assert settings["data_types"]["grad_accum_dtype"] == settings["communication_data_type"] == "fp32"
     assert settings["zero_optimization"]["stage"] == max(1, stage)
     assert settings["gradient_accumulation_steps"] == 1 and not settings["managed_gradient_accumulation"]

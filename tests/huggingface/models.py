@@ -81,8 +81,8 @@ def our_logits(folder: Path, names: list[str], words: list[str]) -> dict[str, to
     from megallama.checkpoint.offline.reader import CheckpointReader
     from megallama.config.load import load_config
     from megallama.host.launch import read_launch_environment
-    from megallama.model.build import build_model
     from megallama.topology.connect import connect
+    from tests.support.builders import build_stage
 
     found = {}
     settings = [*SMALL[3:], *words, "train.run_dir=unused", f"train.seq_len={SEQ_LEN}"]
@@ -91,7 +91,7 @@ def our_logits(folder: Path, names: list[str], words: list[str]) -> dict[str, to
         for name in names:
             imported = folder / f"{name}-imported"
             config = load_config([f"model={name}", *settings], extra_conf_dir=imported / "conf")
-            stage = build_model(config, topology, is_initialized=False)
+            stage = build_stage(config, topology, is_initialized=False)
             reader = CheckpointReader(imported / "checkpoints" / "step-00000000")
             parameters = dict(stage.module.named_parameters())
             for local, pieces in stage.layout.items():

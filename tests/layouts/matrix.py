@@ -17,9 +17,9 @@ from typing import Any
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.host.ranks import start_forkserver
-from megallama.verify.layouts import Layout, legal_layouts
-from megallama.verify.report import header, name_width, row, summary
-from megallama.verify.verify import verify
+from megallama.verification.layouts import Layout, legal_layouts
+from megallama.verification.report import header, name_width, row, summary
+from megallama.verification.verify import verify
 
 FURTHER = {
     "train.recompute": ["none", "full", "selective"],

@@ -6,7 +6,7 @@ model alone, more ranks, uneven stages, offload) and the combinations of three i
 
 from __future__ import annotations
 
-from megallama.verify.layouts import Layout, parse_layouts
+from megallama.verification.layouts import Layout, parse_layouts
 
 QWEN3 = "model.qk_norm=true,model.head_dim=24"
 BOTH = "model.qkv_bias=true,model.qk_norm=true"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from megallama.verify.verify import verify
+from megallama.verification.verify import verify
 from tests.layouts.matrix import base, covering
 from tests.layouts.named import NAMED
 

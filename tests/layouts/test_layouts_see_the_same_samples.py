@@ -34,14 +34,14 @@ def read(jobs: list[list[str]]) -> list[dict[str, Any]]:
     """What the loader of this rank gives under each layout, and where in the layout the rank stands."""
     from megallama.config.load import load_config
     from megallama.host.launch import read_launch_environment
-    from megallama.stream.build import build_loader
     from megallama.topology.connect import connect
+    from tests.support.builders import loader_of
 
     found, environment = [], read_launch_environment()
     for index, arguments in enumerate(jobs):
         config = load_config(arguments)
         with connect(config.parallel, environment=environment, job_index=index) as topology:
-            loader = build_loader(config, topology)
+            loader = loader_of(config, topology)
             steps = []
             for step in STEPS:
                 batches = loader.batches(step)

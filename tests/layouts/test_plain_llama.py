@@ -8,17 +8,15 @@ from functools import partial
 import pytest
 import torch
 
-from megallama.engine.build import build_engine
 from megallama.host.launch import read_launch_environment
-from megallama.model.build import build_model
-from megallama.stream.build import build_loader
 from megallama.topology.connect import connect
-from megallama.verify.job import _canonical, _first_gradients, _whole
-from megallama.verify.layouts import change, parse_layouts
-from megallama.verify.shrink import shrink
-from megallama.verify.synthetic import with_uneven_mask, write_tokens
+from megallama.verification.job import _canonical, _first_gradients, _whole
+from megallama.verification.layouts import change, parse_layouts
+from megallama.verification.shrink import shrink
+from megallama.verification.synthetic import with_uneven_mask, write_tokens
 from tests.layouts.matrix import base
 from tests.layouts.plain_llama import loss_sum
+from tests.support.builders import engine_of, loader_of
 from tests.support.ranks import run_ranks
 
 ANGLES = 2e-6
@@ -59,8 +57,8 @@ def small_run(settings, folder):
 def one_step(config):
     """(weights before, batches, result, gradients) of the first step; called in the one rank."""
     with connect(config.parallel, environment=read_launch_environment()) as topology:
-        engine = build_engine(config, topology, build_model(config, topology))
-        batches = with_uneven_mask(build_loader(config, topology).batches(0))
+        engine = engine_of(config, topology)
+        batches = with_uneven_mask(loader_of(config, topology).batches(0))
         weights = {key: _whole(tensor) for key, tensor in _canonical(engine, "fp32")}
         result = engine.train_step(0, batches)
         found = _first_gradients(engine, config.optim, result.grad_norm)

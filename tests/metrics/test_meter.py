@@ -87,7 +87,7 @@ def test_loss_scale_is_a_metric_under_fp16_only() -> None:
     numbers = meter(has_loss_scale=True).measure(RESULT, progress=at(1), seconds=1.0)
     assert numbers["train/loss_scale"] == 1024.0
     half = dataclasses.replace(CONFIG, precision=PrecisionConfig(dtype=Dtype.fp16))
-    built, _ = build_meter(half, world_size=1, device=CPU)
+    built, _ = build_meter(half.model, train=half.train, precision=half.precision, world_size=1, device=CPU)
     assert "train/loss_scale" in built.measure(RESULT, progress=at(1), seconds=1.0)
 
 
@@ -116,7 +116,9 @@ def test_remaining_time_follows_a_change_of_pace() -> None:
 
 
 def test_built_from_a_configuration() -> None:
-    built, facts = build_meter(CONFIG, world_size=2, device=CPU)
+    built, facts = build_meter(
+        CONFIG.model, train=CONFIG.train, precision=CONFIG.precision, world_size=2, device=CPU
+    )
     numbers = built.measure(RESULT, progress=at(1), seconds=1.0)
     flops = train_flops_per_token(CONFIG.model, seq_len=100, attention="causal")
     assert facts["mfu_attention"] == "causal" and facts["peak_source"] == "measured matmul"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megallama.config.schema import LogConfig, RunConfig, WandbMode
+from megallama.config.schema import LogConfig, WandbMode
 from megallama.metrics.jsonl import JsonlSink, load_metrics
 from megallama.metrics.recorder import Recorder, build_recorder
 from megallama.metrics.tensorboard import TensorBoardSink
@@ -62,10 +62,6 @@ def record(sink: JsonlSink | TensorBoardSink, steps: range) -> None:
     for step in steps:
         sink.write(step, numbers_of(step))
     sink.close()
-
-
-def config(**log: object) -> RunConfig:
-    return dataclasses.replace(CONFIG, log=LogConfig(**log))  # type: ignore[arg-type]
 
 
 class TestJsonl:
@@ -245,7 +241,9 @@ class TestRecorder:
 
         monkeypatch.setattr("megallama.metrics.recorder.WandbSink", Stub)
         build_recorder(
-            config(wandb=mode, tensorboard=False),
+            LogConfig(wandb=mode, tensorboard=False),
+            steps=CONFIG.train.steps,
+            run_values=dataclasses.asdict(CONFIG),
             run_dir=tmp_path,
             first_step=0,
             is_terminal=False,
@@ -257,7 +255,9 @@ class TestRecorder:
     def test_tensorboard_can_be_left_out(self, tmp_path: Path) -> None:
         for wanted in (False, True):
             recorder = build_recorder(
-                config(wandb=WandbMode.disabled, tensorboard=wanted),
+                LogConfig(wandb=WandbMode.disabled, tensorboard=wanted),
+                steps=CONFIG.train.steps,
+                run_values=dataclasses.asdict(CONFIG),
                 run_dir=tmp_path,
                 first_step=0,
                 is_terminal=False,

@@ -13,10 +13,10 @@ import pytest
 from megallama.grid import Grid
 from megallama.host.errors import UserError
 from megallama.plan.traffic import activation_bytes, step_traffic
-from megallama.verify.job import run_rank
-from megallama.verify.layouts import change, parse_layouts
-from megallama.verify.shrink import shrink
-from megallama.verify.synthetic import write_tokens
+from megallama.verification.job import run_rank
+from megallama.verification.layouts import change, parse_layouts
+from megallama.verification.shrink import shrink
+from megallama.verification.synthetic import write_tokens
 from tests.layouts.matrix import base
 from tests.support.jobs import overrides, run_job, train
 from tests.support.ranks import run_ranks

@@ -10,7 +10,10 @@ PP3 = ["parallel.pp=3", "model.num_layers=7"]
 
 
 def transformer(*extra):
-    return transformer_config(load_config([*SMALL, "train.run_dir=unused", *extra]))
+    config = load_config([*SMALL, "train.run_dir=unused", *extra])
+    return transformer_config(
+        config.model, parallel=config.parallel, precision=config.precision, train=config.train
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import torch
 
 from megallama.config.load import load_config
 from megallama.host.launch import read_launch_environment
-from megallama.model.build import build_model
 from megallama.model.counts import count_parameters
 from megallama.model.rope import attention_factor, inverse_frequencies
 from megallama.topology.connect import connect
+from tests.support.builders import build_stage
 from tests.support.jobs import SMALL
 from tests.support.ranks import run_ranks
 
@@ -20,7 +20,7 @@ OVERRIDES = [*SMALL, "train.run_dir=unused", "model.vocab_size=100"]
 def pieces_and_weights(extra):
     config = load_config([*OVERRIDES, *extra])
     with connect(config.parallel, environment=read_launch_environment()) as topology:
-        stage = build_model(config, topology)
+        stage = build_stage(config, topology)
         parameters = dict(stage.module.named_parameters())
         found = []
         for name, pieces in stage.layout.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from tests.mutations.registry import mutation, sizes, wrap, wrap_method
 def replicated_parameters_count_on_every_tp_rank() -> None:
     import megallama.engine.build as build
 
-    def around(zero: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def around(engine: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
         for parameter in module.parameters():
             parameter.tensor_model_parallel = True
-        return zero(module, *args, **kwargs)
+        return engine(module, *args, **kwargs)
 
     wrap(build, "ZeroEngine", around)
 
@@ -28,11 +29,11 @@ def sharded_parameters_count_on_one_tp_rank() -> None:
     """A parameter cut over tp without its mark (issue 7452: learnable attention sinks)."""
     import megallama.engine.build as build
 
-    def around(zero: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def around(engine: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
         for name, parameter in module.named_parameters():
             if "linear_fc2" in name:
                 parameter.tensor_model_parallel = False
-        return zero(module, *args, **kwargs)
+        return engine(module, *args, **kwargs)
 
     wrap(build, "ZeroEngine", around)
 
@@ -107,10 +108,10 @@ def zero_0_does_not_reduce() -> None:
 def replicas_read_the_same_samples() -> None:
     import megallama.stream.build as build
 
-    def around(open_loader: Any, config: Any, **kwargs: Any) -> Any:
-        return open_loader(config, **{**kwargs, "dp_rank": 0})
+    def around(rank_part: Any, *args: Any) -> Any:
+        return dataclasses.replace(rank_part(*args), dp_rank=0)
 
-    wrap(build, "open_loader", around)
+    wrap(build, "rank_part", around)
 
 
 @mutation("pp=2,zero=2,recompute=full")
@@ -204,8 +205,8 @@ def interleaved_sends_are_batched() -> None:
     """megatron-core 0.16.1 pairs them wrongly with two stages, without an error."""
     import megallama.model.build as build
 
-    def around(pipeline: Any, config: Any) -> Any:
-        settings = pipeline(config)
+    def around(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = pipeline(*args, **kwargs)
         return settings | {"overlap_p2p_comm": False, "batch_p2p_comm": True} if settings else settings
 
     wrap(build, "_pipeline", around)

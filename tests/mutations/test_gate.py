@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megallama.verify.layouts import parse_layouts
+from megallama.verification.layouts import parse_layouts
 from tests.layouts.named import NAMED
 from tests.mutations.planted import SHOWS_IN
 

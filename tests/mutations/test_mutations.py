@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megallama.verify.layouts import parse_layouts
-from megallama.verify.verify import Bench, check_layouts
+from megallama.verification.layouts import parse_layouts
+from megallama.verification.verify import Bench, check_layouts
 from tests.layouts.matrix import base
 from tests.mutations.planted import MUTATIONS, SHOWS_IN
 

@@ -13,9 +13,9 @@ import torch
 
 from megallama.cli import main
 from megallama.config.schema import DataConfig, ModelConfig, Packing, RunConfig, SourceConfig, TrainConfig
-from megallama.stream.loader import open_loader
 from megallama.stream.trace import trace_step
 from megallama.tokens.manifest import check_token_file, read_manifest
+from tests.support.builders import part_loader
 from tests.support.jobs import SMALL, metrics, train
 from tests.support.ranks import run_ranks
 
@@ -48,7 +48,7 @@ def test_shards_give_the_samples_of_one_file(
     for kind in ("整", name):
         config = config_of(prepared / kind / "train", tmp_path / kind, validation_fraction=0.1)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing))
-        loader = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
+        loader = part_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
         steps = [loader.batches(step)[0] for step in range(40)]
         held_out = [batch for batches in loader.validation_batches() for batch in batches]
         ledger = loader.ledger(40)
@@ -96,7 +96,7 @@ def test_shards_of_before_they_had_a_common_identity_are_read_on(prepared: Path,
     try:
         path.write_text(json.dumps(older), encoding="utf-8")
         assert check_token_file(prepared / "分" / "train") == []
-        loader = open_loader(
+        loader = part_loader(
             config_of(prepared / "分" / "train", tmp_path), dp_rank=0, dp_size=1, num_micro_batches=1
         )
         assert len(loader.batches(0)) == 1

@@ -189,7 +189,7 @@ def outside_of_config():
         str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
         for path in files
         # verify only resizes a run, and export only writes a shape down: what nobody else reads is not read.
-        if path.parent.name not in ("config", "verify")
+        if path.parent.name not in ("config", "verification")
         and path.relative_to(ROOT).as_posix() not in SHAPE_ONLY
     }
 

@@ -17,6 +17,8 @@ import pytest
 from megallama.checkpoint.format.integrity import verify_checkpoint
 from megallama.checkpoint.format.protocol import find_checkpoints, step_name
 from megallama.metrics.jsonl import load_metrics
+from megallama.trainer.hooks.base import Hook, StepReport, StopTraining
+from megallama.trainer.state import TrainState
 from tests.support.jobs import overrides, train
 from tests.support.ranks import run_ranks
 
@@ -49,7 +51,6 @@ def random_deaths(seed: int, *, count: int, world_size: int) -> list[Death]:
 def train_to_death(arguments: list[str], death: Death) -> None:
     """One rank of a run with a slow disk, which dies as `death` says."""
     from megallama.checkpoint.distributed import storage
-    from megallama.trainer.hooks.base import GuardHook
     from megallama.trainer.saver import Saver
 
     write_all, save = storage.write_all, Saver.save
@@ -67,8 +68,9 @@ def train_to_death(arguments: list[str], death: Death) -> None:
         if begun[0] < len(armed):
             armed[begun[0]].set()
 
-    def note_step(self: GuardHook, state: Any, report: Any) -> None:
-        armed[0].set()
+    class NoteStep(Hook):
+        def after_step(self, state: TrainState, report: StepReport) -> None:
+            armed[0].set()
 
     def die() -> None:
         armed[death.saves].wait()
@@ -76,22 +78,20 @@ def train_to_death(arguments: list[str], death: Death) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     storage.write_all, Saver.save = slow_write, noted_save  # type: ignore[assignment, method-assign]
-    GuardHook.after_step = note_step  # type: ignore[method-assign, assignment]
     if int(os.environ["RANK"]) == death.rank:
         threading.Thread(target=die, daemon=True).start()
-    train(arguments)
+    train(arguments, hooks=[NoteStep()])
 
 
 def train_until(arguments: list[str], step: int) -> None:
-    """Train up to `step` of a longer run, without a checkpoint."""
-    from megallama.trainer.hooks import base as hooks
+    """Train up to `step` of a longer run, without a checkpoint; the step after it is not recorded."""
 
-    def stop(self: object, state: Any, report: Any) -> None:
-        if state.step == step:
-            raise hooks.StopTraining
+    class Stop(Hook):
+        def after_step(self, state: TrainState, report: StepReport) -> None:
+            if state.step > step:
+                raise StopTraining
 
-    hooks.GuardHook.after_step = stop  # type: ignore[method-assign, assignment]
-    train(arguments)
+    train(arguments, hooks=[Stop()])
 
 
 def losses(run_dir: Path) -> list[tuple[float, float]]:

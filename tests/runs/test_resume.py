@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megallama.trainer.hooks.base import Hook, StopTraining
 from tests.support.jobs import metrics, overrides, run_job, train
 from tests.support.places import ROOT
 from tests.support.ranks import run_ranks
@@ -46,18 +47,16 @@ LAYOUTS = {
 
 def train_three_of_five(arguments):
     """Train with the settings of the whole run, and vanish without a word when the checkpoint of step 3 is there."""
-    from megallama.trainer.hooks import base as hooks
-
     run_dir = next(word.partition("=")[2] for word in arguments if word.startswith("train.run_dir="))
 
-    def vanish(self, state, report):
-        if state.step == 4:
-            while not (Path(run_dir) / "checkpoints" / "step-00000003").exists():
-                time.sleep(0.01)
-            os._exit(9)
+    class Vanish(Hook):
+        def after_step(self, state, report):
+            if state.step == 4:
+                while not (Path(run_dir) / "checkpoints" / "step-00000003").exists():
+                    time.sleep(0.01)
+                os._exit(9)
 
-    hooks.GuardHook.after_step = vanish
-    train(arguments)
+    train(arguments, hooks=[Vanish()])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -135,15 +134,14 @@ def test_kill_nine_and_the_same_command_again(tmp_path):
 
 
 def train_until(arguments, step):
-    """Train up to `step` of a longer run, then vanish."""
-    from megallama.trainer.hooks import base as hooks
+    """Train up to `step` of a longer run, then end; the step after it is not recorded."""
 
-    def vanish(self, state, report):
-        if state.step >= step:
-            raise hooks.StopTraining
+    class Stop(Hook):
+        def after_step(self, state, report):
+            if state.step > step:
+                raise StopTraining
 
-    hooks.GuardHook.after_step = vanish
-    train(arguments)
+    train(arguments, hooks=[Stop()])
 
 
 @pytest.mark.long

@@ -33,9 +33,10 @@ from megallama.config.schema import (
 )
 from megallama.host.errors import ConfigError, UserError
 from megallama.prepare.run import prepare
-from megallama.stream.loader import DataLoader, MicroBatch, open_loader
+from megallama.stream.loader import DataLoader, MicroBatch
 from megallama.stream.stream import SampleStream
 from megallama.tokenizers.load import Tokenizer
+from tests.support.builders import part_loader
 
 
 def write_tokens(prefix: Path, documents: list[list[int]]) -> str:
@@ -86,7 +87,7 @@ def _no_loader_outlives_its_test() -> Iterator[None]:
 def loader_of(
     prefix: str, *, dp_rank: int = 0, dp_size: int = 1, micro: int = 1, **options: Any
 ) -> DataLoader:
-    loader = open_loader(
+    loader = part_loader(
         config_of(prefix, **options), dp_rank=dp_rank, dp_size=dp_size, num_micro_batches=micro
     )
     _opened.append(loader)
@@ -141,7 +142,7 @@ def test_documents_and_positions_come_with_the_tokens(prefix: str) -> None:
     (plain,) = loader_of(prefix, seq_len=32, global_batch_size=3).batches(0)
     config = config_of(prefix, seq_len=32, global_batch_size=3)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, reset_positions=True))
-    (reset,) = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1).batches(0)
+    (reset,) = part_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1).batches(0)
     assert plain.positions_BS.tolist() == [list(range(32))]
     assert plain.document_starts == reset.document_starts
     for tokens, starts, positions in zip(
@@ -159,10 +160,10 @@ def test_documents_and_positions_come_with_the_tokens(prefix: str) -> None:
 def test_context_parallel_ranks_share_each_sequence(prefix: str, is_resetting: bool) -> None:
     config = config_of(prefix, seq_len=32, global_batch_size=3)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, reset_positions=is_resetting))
-    (whole,) = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1).batches(2)
+    (whole,) = part_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1).batches(2)
     config = dataclasses.replace(config, parallel=ParallelConfig(cp=2))
     parts = [
-        open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1, cp_rank=rank).batches(2)[0]
+        part_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1, cp_rank=rank).batches(2)[0]
         for rank in range(2)
     ]
     places = [[*range(8), *range(24, 32)], list(range(8, 24))]
@@ -178,7 +179,7 @@ def test_a_stage_without_tokens_still_knows_the_documents(
     (whole,) = loader_of(prefix, seq_len=32).batches(0)
     monkeypatch.setattr(SampleStream, "read", None)
     config = config_of(prefix, seq_len=32)
-    middle = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1, is_reading_tokens=False)
+    middle = part_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1, is_reading_tokens=False)
     (batch,) = middle.batches(0)
     assert batch.tokens_BS.shape == batch.labels_BS.shape == batch.loss_mask_BS.shape == (12, 0)
     assert batch.document_starts == whole.document_starts
@@ -287,19 +288,19 @@ def test_no_validation(prefix: str) -> None:
 def test_all_bad_files_are_named_at_once(prefix: str, tmp_path: Path) -> None:
     config = config_of(str(tmp_path / "无"), validation=str(tmp_path / "gone"))
     with pytest.raises(ConfigError) as caught:
-        open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
+        part_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
     assert len(caught.value.problems) == 2
 
 
 def test_a_vocabulary_above_the_models_is_refused(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     report = prepare([corpus], tmp_path, tokenizer=tokenizer_path, workers=1)
     config = config_of(str(report.train.prefix))
-    fitting = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
+    fitting = part_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
     fitting.batches(0)
     fitting.close()
     small = dataclasses.replace(config, model=ModelConfig(vocab_size=499))
     with pytest.raises(ConfigError, match=r"has 500 token ids, model.vocab_size \(499\)"):
-        open_loader(small, dp_rank=0, dp_size=1, num_micro_batches=1)
+        part_loader(small, dp_rank=0, dp_size=1, num_micro_batches=1)
 
 
 def changed(config: RunConfig, **data: Any) -> RunConfig:
@@ -307,7 +308,7 @@ def changed(config: RunConfig, **data: Any) -> RunConfig:
 
 
 def open_one(config: RunConfig, **part: Any) -> DataLoader:
-    loader = open_loader(config, **{"dp_rank": 0, "dp_size": 1, "num_micro_batches": 1, **part})
+    loader = part_loader(config, **{"dp_rank": 0, "dp_size": 1, "num_micro_batches": 1, **part})
     _opened.append(loader)
     return loader
 

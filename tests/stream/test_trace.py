@@ -12,10 +12,11 @@ from megallama.cli import main
 from megallama.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from megallama.host.errors import UserError
 from megallama.prepare.run import prepare
-from megallama.stream.loader import DataLoader, open_loader
+from megallama.stream.loader import DataLoader
 from megallama.stream.trace import trace_step
 from megallama.tokenizers.load import Tokenizer
 from megallama.trainer.run_folder import RunFolder
+from tests.support.builders import part_loader
 from tests.support.corpus import write_corpus
 
 
@@ -34,7 +35,7 @@ def run(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> tuple[Path, DataL
         data=DataConfig(sources=sources, tokenizer=str(tokenizer.path)),
     )
     folder.write_start(config_yaml="", tokenizer=tokenizer.path)
-    loader = open_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
+    loader = part_loader(config, dp_rank=0, dp_size=1, num_micro_batches=1)
     folder.write_ledger(loader.ledger(0))
     return folder.path, loader
 

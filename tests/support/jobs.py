@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,6 +16,7 @@ from megallama.config.schema import RunConfig
 from megallama.prepare.token_writer import TokenWriter
 from megallama.tokenizers.interface import Tokenizer
 from megallama.tokens.token_file import TokenFile
+from megallama.trainer.hooks.base import Hook
 from tests.support.ranks import run_ranks
 
 VOCAB_SIZE = 128
@@ -74,16 +76,16 @@ def overrides(folder: Path, *extra: str, run_name: str = "run") -> list[str]:
     return [*SMALL, f"data.sources=[{{path: {prefix}}}]", f"train.run_dir={folder / run_name}", *extra]
 
 
-def train(arguments: list[str]) -> bool:
+def train(arguments: list[str], *, hooks: Sequence[Hook] = ()) -> bool:
     """One rank of a run through the real entry; called in every rank."""
-    return train_config(load_config(arguments))
+    return train_config(load_config(arguments), hooks=hooks)
 
 
-def train_config(config: RunConfig) -> bool:
+def train_config(config: RunConfig, *, hooks: Sequence[Hook] = ()) -> bool:
     """The same of a configuration that was composed once, for all ranks."""
-    from megallama.train import run
+    from megallama.train import Trainer
 
-    return run(config)
+    return Trainer.from_config(config, hooks=hooks).fit()
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

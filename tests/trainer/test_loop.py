@@ -1,13 +1,14 @@
 """The loop with a fake engine: steps, hooks, stops and failures."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from megallama.engine.step import EvalResult, StepResult
 from megallama.host.errors import UserError
-from megallama.trainer.hooks.base import CheckpointHook, EvalHook, GuardHook, Hook, StopHook
-from megallama.trainer.loop import Trainer
+from megallama.trainer.hooks.base import CheckpointHook, EvalHook, GuardHook, Hook, RunView, StopHook
+from megallama.trainer.loop import Loop
 from megallama.trainer.state import TrainState
 
 
@@ -34,7 +35,7 @@ class Recorder(Hook):
     def __init__(self):
         self.events = []
 
-    def start(self, state):
+    def start(self, state, run):
         self.events.append(("start", state.step))
 
     def after_step(self, state, report):
@@ -62,10 +63,11 @@ class FakeSaver:
 
 
 def trainer(engine, hooks, *, steps=3, state=None):
-    return Trainer(
+    return Loop(
         engine,
         FakeLoader(),
         state=state or TrainState(),
+        run=RunView(rank=0, world_size=1, folder=Path("run"), parameters=lambda: iter(())),
         hooks=hooks,
         steps=steps,
         samples_per_step=4,

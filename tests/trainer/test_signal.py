@@ -45,7 +45,8 @@ def hook(clock: Clock) -> Iterator[SignalHook]:
     saver: Any = None
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     hook = SignalHook(topology, saver)
-    hook.start(TrainState())
+    run: Any = None
+    hook.start(TrainState(), run)
     yield hook
     hook.finish(TrainState())
     signal.signal(signal.SIGTERM, previous)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from megallama.engine.step import EvalResult, StepResult
 from megallama.host.errors import UserError
@@ -23,11 +26,41 @@ class StepReport:
     """Further metrics of this step by their key."""
 
 
-class Hook:
-    """Does nothing; hooks override what they need."""
+@dataclass(frozen=True)
+class ParameterPart:
+    """What this rank owns of one parameter of the whole model. The parts of all ranks make it up, each element once."""
 
-    def start(self, state: TrainState) -> None:
-        """Before the first step."""
+    name: str
+    """Canonical name (docs/checkpoint-format.md), the same in every layout."""
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    boxes: Mapping[tuple[int, ...], torch.Tensor]
+    """Place in the whole parameter -> view of the master weights there (fp32; fp64 under precision.dtype=fp64)."""
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What a hook may look at beside the progress."""
+
+    rank: int
+    """Global rank; every rank has its own copy of each hook."""
+    world_size: int
+    """Number of ranks."""
+    folder: Path
+    """The run folder."""
+    parameters: Callable[[], Iterator[ParameterPart]]
+    """Parts of parameters that this rank owns, as they are now, under every ZeRO stage; only to be read. Copies of what
+    another rank owns are left out, so that sums over all ranks count each element once."""
+
+
+class Hook:
+    """Does nothing; hooks override what they need.
+
+    Every rank calls the same methods in the same order, so a hook may communicate, if it does so on all ranks.
+    """
+
+    def start(self, state: TrainState, run: RunView) -> None:
+        """Before the first step; a resumed run does not begin at step 0."""
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         """After each completed step; `state` already counts it."""
@@ -108,7 +141,7 @@ class CheckpointHook(Hook):
         self._interval = interval
         self._last_step = last_step
 
-    def start(self, state: TrainState) -> None:
+    def start(self, state: TrainState, run: RunView) -> None:
         """Take the memory that saving needs before any step is lost for the lack of it."""
         self._saver.reserve()
 

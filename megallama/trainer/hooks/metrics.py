@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
-from megallama.config.schema import RunConfig
 from megallama.host.errors import UserError
-from megallama.metrics.meter import Progress, build_meter
-from megallama.metrics.recorder import Recorder, build_recorder
-from megallama.topology.groups import Topology
-from megallama.trainer.hooks.base import Hook, StepReport
-from megallama.trainer.run_folder import RunFolder
+from megallama.metrics.meter import Meter, Progress
+from megallama.metrics.recorder import Recorder
+from megallama.trainer.hooks.base import Hook, RunView, StepReport
 from megallama.trainer.state import TrainState
+
+
+class OpenRecorder(Protocol):
+    """Opens the sinks of a run."""
+
+    def __call__(self, *, first_step: int) -> Recorder:
+        """Sinks that go on after `first_step` completed steps."""
 
 
 class MetricsHook(Hook):
     """Feeds the meter and the sinks; rank 0 has one."""
 
-    def __init__(
-        self, config: RunConfig, topology: Topology, *, folder: RunFolder, has_wandb_key: bool
-    ) -> None:
-        self._config = config
-        self._topology = topology
-        self._folder = folder
-        self._has_wandb_key = has_wandb_key
+    def __init__(self, meter: Meter, open_recorder: OpenRecorder) -> None:
+        self._meter = meter
+        self._open_recorder = open_recorder
         self._recorder: Recorder | None = None
 
-    def start(self, state: TrainState) -> None:
+    def start(self, state: TrainState, run: RunView) -> None:
         """Open the sinks where the run stands."""
-        self._meter, facts = build_meter(
-            self._config, world_size=self._topology.world_size, device=self._topology.device
-        )
+        self._folder: Path = run.folder
         with self._trouble_told():
-            self._recorder = build_recorder(
-                self._config,
-                run_dir=self._folder.path,
-                first_step=state.step,
-                is_terminal=sys.stdout.isatty(),
-                wandb_key_present=self._has_wandb_key,
-                facts=facts,
-            )
+            self._recorder = self._open_recorder(first_step=state.step)
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         """Record one step, with what earlier hooks added to it."""
@@ -63,6 +55,6 @@ class MetricsHook(Hook):
             yield
         except OSError as error:
             raise UserError(
-                f"metrics cannot be written to {self._folder.path} ({error.strerror or error}): free some space"
+                f"metrics cannot be written to {self._folder} ({error.strerror or error}): free some space"
                 " there, or make its files writable; the same command resumes from the last checkpoint"
             ) from error

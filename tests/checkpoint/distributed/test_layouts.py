@@ -51,20 +51,18 @@ class Job:
 
     def __init__(self, arguments: list[str]) -> None:
         from megallama.config.load import load_config
-        from megallama.engine.build import build_engine
         from megallama.host.launch import read_launch_environment
-        from megallama.model.build import build_model
-        from megallama.stream.build import build_loader
         from megallama.topology.connect import connect
+        from tests.support.builders import build_stage, engine_of, loader_of
 
         logging.disable(logging.WARNING)
         self.config = load_config(arguments)
         # Kept, for it takes the groups down when it goes.
         self._connection = connect(self.config.parallel, environment=read_launch_environment())
         self.topology = self._connection.__enter__()
-        self.stage = build_model(self.config, self.topology)
-        self.engine = build_engine(self.config, self.topology, self.stage)
-        self.loader = build_loader(self.config, self.topology)
+        self.stage = build_stage(self.config, self.topology)
+        self.engine = engine_of(self.config, self.topology, self.stage)
+        self.loader = loader_of(self.config, self.topology)
 
     def train(self, *, begin: int, end: int) -> list[float]:
         """Losses of these steps."""
@@ -104,7 +102,14 @@ class Job:
             for parameter in self.stage.module.parameters():
                 parameter.data.fill_(math.nan)
         folder = RunFolder(run_dir)
-        state = start_run(self.config, self.topology, engine=self.engine, loader=self.loader, folder=folder)
+        state = start_run(
+            folder,
+            topology=self.topology,
+            model=self.config.model,
+            engine=self.engine,
+            loader=self.loader,
+            init_from=self.config.train.init_from,
+        )
         return state.step
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.host.errors import ConfigError, UserError
-from megallama.verify.layouts import change, legal_layouts, parse_layouts, problems_of
-from megallama.verify.shrink import shrink
-from megallama.verify.verify import check_layouts, default_layouts, verify
+from megallama.verification.layouts import change, legal_layouts, parse_layouts, problems_of
+from megallama.verification.shrink import shrink
+from megallama.verification.verify import check_layouts, default_layouts, verify
 from tests.layouts.matrix import base, covering_set, full_matrix, pairs_of, part_of_matrix
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megallama.metrics.traffic_meter import Traffic
-from megallama.verify.compare import GRAD_NORM, LOSS
-from megallama.verify.job import GRADIENT, PARAMETER
-from megallama.verify.layouts import Layout
+from megallama.verification.compare import GRAD_NORM, LOSS
+from megallama.verification.job import GRADIENT, PARAMETER
+from megallama.verification.layouts import Layout
 
 
 @dataclass(frozen=True)

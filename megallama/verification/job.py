@@ -20,7 +20,8 @@ from megallama.metrics.traffic_meter import Traffic, TrafficMeter
 from megallama.model.build import build_model
 from megallama.stream.build import build_loader
 from megallama.topology.connect import connect
-from megallama.verify.synthetic import with_uneven_mask
+from megallama.topology.groups import Topology
+from megallama.verification.synthetic import with_uneven_mask
 
 GRADIENT, PARAMETER = "gradient", "parameter"
 """What is compared: the gradient of the first step, the weights after the last."""
@@ -83,9 +84,14 @@ def run_rank(
     environment = read_launch_environment()
     torch.set_num_threads(1)
     with connect(config.parallel, environment=environment) as topology:
-        stage = build_model(config, topology)
-        engine = build_engine(config, topology, stage)
-        loader = build_loader(config, topology)
+        engine = _build_engine(config, topology)
+        loader = build_loader(
+            config.data,
+            topology=topology,
+            train=config.train,
+            evaluation=config.eval,
+            vocab_size=config.model.vocab_size,
+        )
         meter = TrafficMeter(topology)
         steps: list[StepResult] = []
         gradients: dict[str, BoxedTensor] = {}
@@ -116,6 +122,26 @@ def run_rank(
         return RankReport(
             topology.grid.coordinates(topology.rank), steps, differences, traffic, tuple(parameters), broken
         )
+
+
+def _build_engine(config: RunConfig, topology: Topology) -> Engine:
+    stage = build_model(
+        config.model,
+        topology=topology,
+        parallel=config.parallel,
+        precision=config.precision,
+        train=config.train,
+        kernels=config.kernels,
+    )
+    return build_engine(
+        stage,
+        topology=topology,
+        zero=config.zero,
+        precision=config.precision,
+        optim=config.optim,
+        train=config.train,
+        kernels=config.kernels,
+    )
 
 
 def _broken_invariants(engine: Engine, step: int) -> str:

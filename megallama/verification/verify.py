@@ -16,13 +16,13 @@ from megallama.grid import Grid
 from megallama.host.errors import ConfigError, UserError
 from megallama.host.ranks import RankFailedError, run_ranks
 from megallama.plan.traffic import Traffic, step_traffic
-from megallama.verify.compare import GRAD_NORM, LOSS, QUANTITIES, Comparison, compare
-from megallama.verify.diagnose import Tolerances, is_equal, likely_cause
-from megallama.verify.job import GRADIENT, PARAMETER, RankReport, run_rank
-from megallama.verify.layouts import Layout, change, problems_of
-from megallama.verify.report import LayoutResult
-from megallama.verify.shrink import shrink
-from megallama.verify.synthetic import write_tokens
+from megallama.verification.compare import GRAD_NORM, LOSS, QUANTITIES, Comparison, compare
+from megallama.verification.diagnose import Tolerances, is_equal, likely_cause
+from megallama.verification.job import GRADIENT, PARAMETER, RankReport, run_rank
+from megallama.verification.layouts import Layout, change, problems_of
+from megallama.verification.report import LayoutResult
+from megallama.verification.shrink import shrink
+from megallama.verification.synthetic import write_tokens
 
 TOLERANCES: dict[str, Tolerances] = {
     "fp64": {LOSS: 1e-10, GRAD_NORM: 1e-10, GRADIENT: 1e-10, PARAMETER: 1e-9},

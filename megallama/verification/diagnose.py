@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from megallama.config.schema import RunConfig
-from megallama.verify.compare import GRAD_NORM, LOSS, Comparison
-from megallama.verify.job import GRADIENT, PARAMETER, Difference
+from megallama.verification.compare import GRAD_NORM, LOSS, Comparison
+from megallama.verification.job import GRADIENT, PARAMETER, Difference
 
 Tolerances = Mapping[str, float]
 """Largest error of each quantity that still counts as equal."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from megallama.engine.step import StepResult
 from megallama.metrics.traffic_meter import Traffic
-from megallama.verify.job import GRADIENT, PARAMETER, Difference, RankReport
+from megallama.verification.job import GRADIENT, PARAMETER, Difference, RankReport
 
 LOSS, GRAD_NORM = "loss", "gradient norm"
 

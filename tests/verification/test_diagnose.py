@@ -9,11 +9,11 @@ import pytest
 
 from megallama.engine.step import StepResult
 from megallama.grid import Coordinates
-from megallama.verify.compare import compare
-from megallama.verify.diagnose import is_equal, likely_cause
-from megallama.verify.job import GRADIENT, PARAMETER, Difference, RankReport
-from megallama.verify.layouts import parse_layouts
-from megallama.verify.verify import TOLERANCES
+from megallama.verification.compare import compare
+from megallama.verification.diagnose import is_equal, likely_cause
+from megallama.verification.job import GRADIENT, PARAMETER, Difference, RankReport
+from megallama.verification.layouts import parse_layouts
+from megallama.verification.verify import TOLERANCES
 from tests.layouts.matrix import base
 
 KEYS = (

@@ -13,7 +13,7 @@ from enum import Enum
 
 from megallama.config.rope_scaling import SETTINGS
 from megallama.config.schema import ContextKind, RunConfig, Schedule
-from megallama.verify.layouts import Layout, change
+from megallama.verification.layouts import Layout, change
 
 HEAD_DIM = 8
 HIDDEN_SIZE = 64

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megallama.verify.compare import QUANTITIES
-from megallama.verify.layouts import parse_layouts
-from megallama.verify.report import LayoutResult, header, name_width, row
+from megallama.verification.compare import QUANTITIES
+from megallama.verification.layouts import parse_layouts
+from megallama.verification.report import LayoutResult, header, name_width, row
 
 
 def test_columns_stand_under_each_other():

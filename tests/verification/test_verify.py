@@ -8,8 +8,8 @@ import pytest
 
 from megallama.cli import main
 from megallama.config.load import CONF_DIR
-from megallama.verify.layouts import parse_layouts
-from megallama.verify.verify import verify
+from megallama.verification.layouts import parse_layouts
+from megallama.verification.verify import verify
 from tests.layouts.matrix import base
 from tests.mutations.planted import MUTATIONS
 
@@ -64,7 +64,7 @@ def test_a_planted_bug_differs_and_its_cause_is_named(bug, layout, words):
 
 
 def test_the_exit_code_tells_a_difference(monkeypatch, capsys):
-    import megallama.verify.verify as module
+    import megallama.verification.verify as module
 
     bug = MUTATIONS["loss_is_averaged_over_dp_twice"]
     monkeypatch.setattr(module, "verify", partial(verify, before=bug))
@@ -88,7 +88,7 @@ def test_bad_input_is_refused_before_anything_runs(words, capsys):
 
 def test_shapes_and_words_are_those_of_a_run(tmp_path, monkeypatch, capsys):
     """A shape of one's own, options among the words, several values."""
-    import megallama.verify.verify as module
+    import megallama.verification.verify as module
 
     seen = []
     monkeypatch.setattr(module, "verify", lambda config, layouts, **rest: seen.append(config) or iter(()))
