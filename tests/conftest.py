@@ -1,5 +1,7 @@
 """Shared set-up of the tests."""
 
+import gc
+
 import pytest
 
 from tests.support.corpus import corpus, tokenizer, tokenizer_path  # noqa: F401 - fixtures
@@ -7,6 +9,12 @@ from tests.support.jobs import run_job
 from tests.support.ranks import start_forkserver
 
 start_forkserver()
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end: garbage collection need not look through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

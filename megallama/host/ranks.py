@@ -5,6 +5,7 @@ They are forked from a server that has imported the heavy packages once, so a ra
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -126,6 +127,9 @@ def _rank_main(
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0 need not open one
     )
+    # The libraries that the server loaded are no garbage. DeepSpeed collects when it shards a model for ZeRO 3; to look
+    # through them then takes longer than all steps of a small job.
+    gc.freeze()
     try:
         # Plain pickle copies tensors; the pipe's own would share their memory, which goes with the rank.
         pipe.send_bytes(pickle.dumps((True, function(*args))))

@@ -22,9 +22,24 @@ EXIT_SIGNAL = 128
 
 def count_gpus() -> int:
     """Visible GPUs of this machine."""
+    _import_torch()
     import torch
 
     return torch.cuda.device_count()
+
+
+def _import_torch() -> None:
+    """Import torch in this process, which starts ranks, so that its C++ code logs no stack traces here.
+
+    It reads the variable at its import; the ranks do not inherit it.
+    """
+    if "TORCH_CPP_LOG_LEVEL" in os.environ or "LOGLEVEL" in os.environ:
+        return
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+    try:
+        import torch  # noqa: F401
+    finally:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
 
 
 def start_ranks(module: str, arguments: Sequence[str], *, options: Sequence[str], ranks_per_node: int) -> int:
@@ -45,6 +60,7 @@ def start_ranks(module: str, arguments: Sequence[str], *, options: Sequence[str]
     Raises:
         UserError: torchrun refuses the options, or the nodes do not find each other.
     """
+    _import_torch()
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -107,9 +123,10 @@ def _quiet() -> Iterator[None]:
 
 def _exit_code(failures: dict[int, ProcessFailure]) -> int:
     """What the ranks that failed amount to; those that torchrun ended because of them are not among these."""
-    others = {
-        rank: failure.exitcode for rank, failure in failures.items() if failure.exitcode != EXIT_USER_ERROR
-    }
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    # A rank that torchrun ended because another one had failed is among these only if it was slow to end.
+    codes = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
+    others = {rank: code for rank, code in codes.items() if code != EXIT_USER_ERROR}
     if not others:
         return EXIT_USER_ERROR
     # A crash takes its peers with it, in any order; all have shown what they met.

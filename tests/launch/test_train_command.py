@@ -98,7 +98,7 @@ def test_nodes_that_are_none(nodes: str, workplace: Workplace) -> None:
 
 def test_nodes_that_cannot_meet(workplace: Workplace) -> None:
     words = [*workplace.arguments, *RANKS, "--nnodes=2", "--rdzv-backend=c10d"]
-    words += ["--rdzv-endpoint=127.0.0.1:1", "--rdzv-conf=is_host=0"]
+    words += ["--rdzv-endpoint=127.0.0.1:1", "--rdzv-conf=is_host=0,read_timeout=2"]
     code, said = train(words, folder=workplace.folder)
     assert code == EXIT_USER_ERROR, said
     assert said.startswith("error: the nodes cannot meet (--nnodes=2 ") and said.count("\n") == 1, said

@@ -9,7 +9,7 @@ import pytest
 
 from megallama.verification.verify import verify
 from tests.layouts.matrix import base, covering
-from tests.layouts.named import NAMED
+from tests.layouts.named import FURTHER, NAMED
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -23,11 +23,24 @@ def differing(layouts, *, steps, dtype):
     return [(result.layout.name, result.errors, result.cause) for result in results if not result.is_equal]
 
 
-@pytest.mark.parametrize("dtype", ["fp64", "bf16", pytest.param("fp32", marks=pytest.mark.long)])
-def test_the_covering_set_equals_one_process(dtype):
-    assert differing(covering(), steps=5, dtype=dtype) == []
+@pytest.mark.parametrize(
+    ("dtype", "steps"),
+    [
+        ("fp64", 3),
+        pytest.param("bf16", 3, marks=pytest.mark.long),
+        pytest.param("fp32", 5, marks=pytest.mark.long),
+    ],
+)
+def test_the_covering_set_equals_one_process(dtype, steps):
+    assert differing(covering(), steps=steps, dtype=dtype) == []
 
 
 @pytest.mark.parametrize("topic", NAMED)
 def test_named_layouts_equal_one_process(topic):
     assert differing(NAMED[topic], steps=3, dtype="fp64") == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("topic", FURTHER)
+def test_further_layouts_equal_one_process(topic):
+    assert differing(FURTHER[topic], steps=3, dtype="fp64") == []

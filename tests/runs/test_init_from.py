@@ -47,18 +47,17 @@ def arguments(folder: Path, *words: str, source: str | Path = "weights", run_nam
 
 def train_and_save_first(arguments: list[str]) -> None:
     """One rank of a run that is also saved before its first step."""
-    from megallama.trainer import loop
     from megallama.trainer.hooks.base import CheckpointHook
+    from megallama.trainer.loop import Loop
 
-    original = loop.Trainer.fit
+    original = Loop.fit
 
     def fit(self: Any) -> bool:
         [hook] = [hook for hook in self.hooks if isinstance(hook, CheckpointHook)]
-        saver: Any = getattr(hook, "_saver", None)
-        (saver.save_now if saver else hook._save)(self.state)  # type: ignore[attr-defined]
+        hook._saver.save_now(self.state)
         return original(self)
 
-    loop.Trainer.fit = fit  # type: ignore[method-assign]
+    Loop.fit = fit  # type: ignore[method-assign]
     train(arguments)
 
 

@@ -32,7 +32,7 @@ def gpus(monkeypatch):
     )
     monkeypatch.setattr("megatron.core.parallel_state", groups)
     monkeypatch.setattr(module, "_topology", lambda grid, rank, device: device)
-    monkeypatch.setattr(module, "_rendezvous", lambda environment: dist.HashStore())
+    monkeypatch.setattr(module, "meet", lambda environment, *, job: dist.HashStore())
     return done
 
 
