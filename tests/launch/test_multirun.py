@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megallama.config.load import load_yaml
 from tests.launch.entry import torchrun
 from tests.support.jobs import metrics, overrides, run_job
@@ -14,6 +16,7 @@ def losses(run_dir: Path) -> list[tuple[float, float]]:
     return [(line["train/loss"], line["train/grad_norm"]) for line in metrics(run_dir)]
 
 
+@pytest.mark.long
 def test_multirun_under_torchrun_trains_every_value(tmp_path: Path) -> None:
     """Each job has a folder of its own and is the run that it would be alone, bit for bit."""
     words = [word for word in overrides(tmp_path, run_name="sweep") if not word.startswith("optim.lr")]

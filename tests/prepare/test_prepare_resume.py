@@ -105,6 +105,7 @@ def finished_units(out: Path) -> int:
     return sum("." not in path.name for path in (out / ".preparing" / "units").glob("*/*"))
 
 
+@pytest.mark.long
 def test_killed_at_20_random_instants(
     mixed: Path, undisturbed: dict[str, bytes], tokenizer_path: Path, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ def cases_of(path: Path) -> dict[str, list[str]]:
         marks = [ast.unparse(mark) for mark in function.decorator_list]
         is_long = is_long_file or "pytest.mark.long" in marks
         gates = ["test-long"] if is_long else ["test"]
-        if not is_long and any("marks=pytest.mark.long" in mark for mark in marks):
+        if not is_long and any("marks=pytest.mark.long" in mark or "gated(" in mark for mark in marks):
             gates.append("test-long")  # some of its parameters
         for gate in gates:
             cases.setdefault(gate, []).append(prefix + function.name)

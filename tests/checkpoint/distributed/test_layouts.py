@@ -199,6 +199,7 @@ def test_a_ring_of_layouts(tmp_path: Path) -> None:
     prove_ring(Matrix(tmp_path, ["model.tie_embeddings=true"], COVERING))
 
 
+@pytest.mark.long
 def test_a_ring_of_layouts_in_bf16(tmp_path: Path) -> None:
     """Master weights and moments to the bit; losses as near as layouts come in bf16."""
     prove_ring(Matrix(tmp_path, ["precision.dtype=bf16"], IN_BF16, tolerance=2e-3))
