@@ -47,10 +47,10 @@ $(STAMP): setup.py constraints.txt tests/materials.txt
 	@touch $@
 
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadscope -m 'not long'
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m 'not long'
 
 test-long: setup
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadscope -m long
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m long
 
 slurm:
 	@for program in slurmctld slurmd sbatch munged; do \

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -182,7 +182,9 @@ class DatasetLoader(Loader):
                 f"data[{number}] has {len(sample.tokens)} tokens: give train.seq_len + 1 ({seq_len + 1}), for the last"
                 " one is a label only"
             )
-        ids = torch.as_tensor(sample.tokens, dtype=torch.int64)
+        ids = torch.as_tensor(sample.tokens)
+        if ids.is_floating_point():
+            raise UserError(f"data[{number}] has tokens of type {ids.dtype}: give whole numbers")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self._vocab_size:
             raise UserError(
@@ -194,9 +196,13 @@ class DatasetLoader(Loader):
                 f"data[{number}] has a loss mask of {len(sample.loss_mask)} numbers: give one for each of the"
                 f" {seq_len} labels (train.seq_len)"
             )
+        if sample.loss_mask is not None and not set(self._mask(sample).tolist()) <= {0.0, 1.0}:
+            raise UserError(
+                f"data[{number}] has a loss mask with other numbers than 0 and 1: weigh tokens in a loss of your own"
+            )
         if tuple(sorted({*starts, 0})) != tuple(starts) or starts[-1] >= seq_len:
             raise UserError(
                 f"data[{number}] has document starts {tuple(starts)}: give rising positions below train.seq_len"
                 f" ({seq_len}), 0 first"
             )
-        return sample
+        return replace(sample, document_starts=tuple(int(start) for start in starts))

@@ -1,4 +1,4 @@
-"""The typed tree of all settings of a run.
+"""The typed tree of all settings of a run, with the values that each choice allows.
 
 A run is one frozen `RunConfig`. The string below each field states its meaning, unit and rule;
 `docs/configuration.md` is generated from these strings, so they are the reference.

@@ -23,5 +23,6 @@ def learning_rate(optim: OptimConfig, *, step: int, total_steps: int) -> float:
     if optim.schedule == Schedule.cosine:
         share = 0.5 * (1.0 + math.cos(math.pi * progress))
     else:
+        assert optim.schedule in (Schedule.linear, Schedule.wsd), optim.schedule
         share = 1.0 - progress
     return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * share)

@@ -32,8 +32,6 @@ class LaunchEnvironment:
     """TCP port of the rendezvous."""
     has_wandb_key: bool = False
     """Whether WANDB_API_KEY is set."""
-    is_torchrun: bool = False
-    """Whether torchrun started this process; it ends all ranks of a node when one of them ends badly."""
 
 
 def read_launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvironment:
@@ -86,7 +84,6 @@ def read_launch_environment(variables: Mapping[str, str] | None = None) -> Launc
         master_addr=env.get("MASTER_ADDR", LaunchEnvironment.master_addr),
         master_port=master_port,
         has_wandb_key=has_wandb_key,
-        is_torchrun="TORCHELASTIC_RUN_ID" in env,
     )
 
 

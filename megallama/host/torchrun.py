@@ -61,6 +61,7 @@ def start_ranks(module: str, arguments: Sequence[str], *, options: Sequence[str]
         UserError: torchrun refuses the options, or the nodes do not find each other.
     """
     _import_torch()
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -83,7 +84,7 @@ def start_ranks(module: str, arguments: Sequence[str], *, options: Sequence[str]
         number = signal.Signals(error.sigval)
         print(f"ended by {number.name}", file=sys.stderr)
         return EXIT_SIGNAL + number
-    except (RendezvousError, ValueError, AssertionError) as error:
+    except (RendezvousError, DistError, ValueError, AssertionError) as error:
         shown = " ".join([str(error), f"({error.__cause__})" if error.__cause__ else ""]).strip()
         raise UserError(
             f"the nodes cannot meet ({' '.join(options) or 'one node'}: {shown}): check these options, that they are"
@@ -105,8 +106,11 @@ def refuse_other_launcher(*, is_one_node: bool) -> None:
             "megallama train starts the ranks itself, but torchrun started this process: start it without torchrun,"
             " or give torchrun launch/train.py"
         )
-    if is_one_node:
-        read_launch_environment()
+    if is_one_node and (world_size := read_launch_environment().world_size) > 1:
+        raise UserError(
+            f"megallama train starts the ranks itself, but WORLD_SIZE ({world_size}) says that this process is one of"
+            " them: unset RANK and WORLD_SIZE, or let the launcher start launch/train.py"
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections import Counter
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -15,19 +16,26 @@ TIMEOUT = timedelta(minutes=30)
 
 _POLL_S = 0.05
 
+_meetings: Counter[str] = Counter()
+"""How often this process has met the others under each name, which is as often on every rank."""
+
 _stores: list[dist.Store] = []
 """The last one: rank 0 may serve it itself, and would end it with the last reference."""
 
 
 def meet(environment: LaunchEnvironment, *, job: str) -> dist.Store:
-    """A store that the ranks of a job share; those of other jobs of the same processes do not see it."""
+    """A store that the ranks of a job share; other jobs of the same processes, and later ones of this name, do not.
+
+    Every rank calls it equally often for each name.
+    """
     store: dist.Store = dist.HashStore()  # one rank needs no address and no port
     if environment.world_size > 1:
         store, _, _ = next(
             dist.rendezvous("env://", environment.rank, environment.world_size, timeout=TIMEOUT)
         )
         _stores[:] = [store]
-    return dist.PrefixStore(f"megallama/{job}", store)
+    _meetings[job] += 1
+    return dist.PrefixStore(f"megallama/{job}/{_meetings[job]}", store)
 
 
 def tell(error: Exception | None, *, environment: LaunchEnvironment, job: str, patience_s: float) -> None:
@@ -63,9 +71,6 @@ def hear(*, environment: LaunchEnvironment, job: str, patience_s: float | None =
             return
         time.sleep(_POLL_S)
     word = pickle.loads(bytes.fromhex(store.get("word").decode()))
-    if store.add("heard", 1) == environment.world_size - 1 and word is None:
-        # The last one tidies up: the same processes may run a job of this name again.
-        store.delete_key("word")
-        store.delete_key("heard")
+    store.add("heard", 1)
     if word is not None:
         raise word

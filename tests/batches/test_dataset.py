@@ -55,7 +55,7 @@ def test_context_parallel_ranks_hold_their_part_and_middle_stages_no_tokens() ->
 
 def test_a_sample_has_a_mask_and_documents() -> None:
     mask = [0.0, 1.0] * (SEQ_LEN // 2)
-    sample = Sample(torch.arange(SEQ_LEN + 1), loss_mask=mask, document_starts=(0, 3))
+    sample = Sample(torch.arange(SEQ_LEN + 1), loss_mask=mask, document_starts=[0, 3])
     one = DatasetLoader(
         [sample] * 4, part=RankPart(), train=TRAIN, vocab_size=100, reset_positions=True
     ).batches(0)[0]
@@ -85,6 +85,8 @@ def test_a_dataset_that_ends_before_the_run_is_refused() -> None:
         ([100] * (SEQ_LEN + 1), r"token id 100, outside model.vocab_size \(100\)"),
         ([-1] * (SEQ_LEN + 1), "token id -1, outside"),
         (Sample([1] * (SEQ_LEN + 1), loss_mask=[1.0]), "loss mask of 1 numbers"),
+        (Sample([1] * (SEQ_LEN + 1), loss_mask=[0.5] * SEQ_LEN), "other numbers than 0 and 1"),
+        ([1.0] * (SEQ_LEN + 1), "tokens of type torch.float32"),
         (Sample([1] * (SEQ_LEN + 1), document_starts=(1, 2)), "document starts"),
         (Sample([1] * (SEQ_LEN + 1), document_starts=(0, SEQ_LEN)), "document starts"),
     ],

@@ -97,9 +97,15 @@ def test_nodes_that_are_none(nodes: str, workplace: Workplace) -> None:
     assert outcome.code == EXIT_USER_ERROR and f"--nnodes: {nodes} must be a number" in outcome.output
 
 
-def test_nodes_that_cannot_meet(workplace: Workplace) -> None:
-    words = [*workplace.arguments, *RANKS, "--nnodes=2", "--rdzv-backend=c10d"]
-    words += ["--rdzv-endpoint=127.0.0.1:1", "--rdzv-conf=is_host=0,read_timeout=2"]
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--rdzv-backend=c10d", "--rdzv-conf=is_host=0,read_timeout=2"],
+        ["--rdzv-backend=static", "--node-rank=1", "--rdzv-conf=timeout=2"],
+    ],
+)
+def test_nodes_that_cannot_meet(options: list[str], workplace: Workplace) -> None:
+    words = [*workplace.arguments, *RANKS, "--nnodes=2", "--rdzv-endpoint=127.0.0.1:1", *options]
     code, said = train(words, folder=workplace.folder)
     assert code == EXIT_USER_ERROR, said
     assert said.startswith("error: the nodes cannot meet (--nnodes=2 ") and said.count("\n") == 1, said
@@ -129,6 +135,16 @@ def test_a_start_under_another_launcher(workplace: Workplace, monkeypatch: pytes
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     refuse_other_launcher(is_one_node=False)
     with pytest.raises(UserError, match="srun started 2 copies"):
+        refuse_other_launcher(is_one_node=True)
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"WORLD_SIZE \(2\) says that this process is one"):
         refuse_other_launcher(is_one_node=True)
 
 
