@@ -1,9 +1,9 @@
 """Bugs of composition, planted in the ranks of a layout to see whether `verify` notices.
 
-Each is of a kind that has happened: those that parallel training is known for, and those collected for
-Megatron-LM in its issue 7452 (a parameter left out of or counted twice in the norm, a reduction over the wrong group or none, a scale
-by the wrong size, a slice of the wrong rank, a stale copy). None shows in one process with one micro-batch, so no
-test without ranks could find it; `test_mutations.py` proves that too.
+Each is of a kind that has happened: those that parallel training is known for, and those collected for Megatron-LM in
+its issue 7452. A parameter is left out of the norm or counted twice. A reduction is missing or runs over the wrong
+group. A scale has the wrong size, a slice is that of another rank, a copy is stale. None shows in one process with one
+micro-batch, so no test without ranks could find it; `test_mutations.py` proves that too.
 
 A mutation patches modules in the process of a rank, before the model is built.
 """
