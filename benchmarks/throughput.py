@@ -39,9 +39,8 @@ from megallama.config.schema import (
     WandbMode,
     ZeroConfig,
 )
-from megallama.engine.build import Engine, build_engine
+from megallama.engine.build import Engine, build_run_engine
 from megallama.host.launch import read_launch_environment
-from megallama.model.build import build_model
 from megallama.model.counts import count_parameters
 from megallama.topology.connect import connect
 from megallama.trainer.loop import Loop
@@ -207,23 +206,7 @@ def compare(dtype: str, *, rounds: int, block: int, with_profile: bool) -> None:
     config = run_config(dtype)
     peer = transformers_step(dtype)
     with connect(config.parallel, environment=read_launch_environment()) as topology:
-        stage = build_model(
-            config.model,
-            topology=topology,
-            parallel=config.parallel,
-            precision=config.precision,
-            train=config.train,
-            kernels=config.kernels,
-        )
-        engine = build_engine(
-            stage,
-            topology=topology,
-            zero=config.zero,
-            precision=config.precision,
-            optim=config.optim,
-            train=config.train,
-            kernels=config.kernels,
-        )
+        engine = build_run_engine(config, topology)
         data = batches()
         steps = iter(range(10_000))
 

@@ -9,11 +9,10 @@ from megallama.batches.dataset import OwnData, own_loader
 from megallama.batches.loader import Loader
 from megallama.config.schema import RunConfig
 from megallama.engine.adam import OptimizerFactory
-from megallama.engine.build import ScheduleFunction, build_engine
+from megallama.engine.build import ScheduleFunction, build_run_engine
 from megallama.engine.loss import LogitsLoss, Loss, TokenLoss
 from megallama.host.errors import UserError
 from megallama.host.launch import LaunchEnvironment, read_launch_environment
-from megallama.model.build import build_model
 from megallama.preflight import check_job
 from megallama.stream.build import build_loader
 from megallama.topology.connect import connect
@@ -110,25 +109,8 @@ class Trainer:
             open_run_folder(config, topology) as folder,
         ):
             check_checksums(config.data, topology)
-            stage = build_model(
-                config.model,
-                topology=topology,
-                parallel=config.parallel,
-                precision=config.precision,
-                train=config.train,
-                kernels=config.kernels,
-            )
-            engine = build_engine(
-                stage,
-                topology=topology,
-                zero=config.zero,
-                precision=config.precision,
-                optim=config.optim,
-                train=config.train,
-                kernels=config.kernels,
-                loss=self.loss,
-                optimizer=self.optimizer,
-                schedule=self.schedule,
+            engine = build_run_engine(
+                config, topology, loss=self.loss, optimizer=self.optimizer, schedule=self.schedule
             )
             loop = build_loop(
                 config,

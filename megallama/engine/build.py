@@ -14,6 +14,7 @@ from megallama.config.schema import (
     KernelConfig,
     OptimConfig,
     PrecisionConfig,
+    RunConfig,
     TrainConfig,
     ZeroConfig,
 )
@@ -37,7 +38,7 @@ from megallama.engine.tie import EmbeddingTie
 from megallama.engine.zero import ZeroEngine
 from megallama.grid import num_micro_batches
 from megallama.host.errors import UserError
-from megallama.model.build import Stage
+from megallama.model.build import Stage, build_model
 from megallama.model.layout import Piece
 from megallama.topology.groups import Topology
 from megallama.topology.rng import seed_streams
@@ -240,3 +241,34 @@ def build_engine(
 
 def _configured_lr(optim: OptimConfig, step: int, total_steps: int) -> float:
     return learning_rate(optim, step=step, total_steps=total_steps)
+
+
+def build_run_engine(
+    config: RunConfig,
+    topology: Topology,
+    *,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory | None = None,
+    schedule: ScheduleFunction | None = None,
+) -> Engine:
+    """Model and engine of a whole run on this rank; `build_model` and `build_engine` describe the rest."""
+    stage = build_model(
+        config.model,
+        topology=topology,
+        parallel=config.parallel,
+        precision=config.precision,
+        train=config.train,
+        kernels=config.kernels,
+    )
+    return build_engine(
+        stage,
+        topology=topology,
+        zero=config.zero,
+        precision=config.precision,
+        optim=config.optim,
+        train=config.train,
+        kernels=config.kernels,
+        loss=loss,
+        optimizer=optimizer,
+        schedule=schedule,
+    )

@@ -11,16 +11,14 @@ import torch
 
 from megallama.checkpoint.format.boxes import BoxedTensor, build_boxes
 from megallama.config.schema import OptimConfig, RunConfig
-from megallama.engine.build import Engine, build_engine
+from megallama.engine.build import Engine, build_run_engine
 from megallama.engine.invariants import InvariantError
 from megallama.engine.step import StepResult
 from megallama.grid import Coordinates
 from megallama.host.launch import read_launch_environment
 from megallama.metrics.traffic_meter import Traffic, TrafficMeter
-from megallama.model.build import build_model
 from megallama.stream.build import build_loader
 from megallama.topology.connect import connect
-from megallama.topology.groups import Topology
 from megallama.verification.synthetic import with_uneven_mask
 
 GRADIENT, PARAMETER = "gradient", "parameter"
@@ -84,7 +82,7 @@ def run_rank(
     environment = read_launch_environment()
     torch.set_num_threads(1)
     with connect(config.parallel, environment=environment) as topology:
-        engine = _build_engine(config, topology)
+        engine = build_run_engine(config, topology)
         loader = build_loader(
             config.data,
             topology=topology,
@@ -122,26 +120,6 @@ def run_rank(
         return RankReport(
             topology.grid.coordinates(topology.rank), steps, differences, traffic, tuple(parameters), broken
         )
-
-
-def _build_engine(config: RunConfig, topology: Topology) -> Engine:
-    stage = build_model(
-        config.model,
-        topology=topology,
-        parallel=config.parallel,
-        precision=config.precision,
-        train=config.train,
-        kernels=config.kernels,
-    )
-    return build_engine(
-        stage,
-        topology=topology,
-        zero=config.zero,
-        precision=config.precision,
-        optim=config.optim,
-        train=config.train,
-        kernels=config.kernels,
-    )
 
 
 def _broken_invariants(engine: Engine, step: int) -> str:
