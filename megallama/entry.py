@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megallama.commands.parser import CommandParser
 from megallama.config.command_line import CommandLine, add_run_words, add_shows
@@ -17,6 +17,10 @@ from megallama.host.launch import LaunchEnvironment, read_launch_environment, te
 from megallama.host.log import quiet_libraries
 from megallama.preflight import check_job
 
+if TYPE_CHECKING:
+    from megallama.checkpoint.format.disk import Disk
+    from megallama.trainer.hooks.base import Hook
+
 GRACE_S = 8.0
 """How long a rank leaves it to rank 0 to report: torchrun ends the ranks of a node when one has ended."""
 
@@ -24,8 +28,11 @@ STAGGER_S = 2.0
 """Between the ranks of a node, so that one message comes from a node on which rank 0 does not run."""
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run what the command line asks for; returns the exit code: 0, or 2 for what the user can mend."""
+def main(arguments: Sequence[str], *, hooks: Sequence[Hook] = (), disk: Disk | None = None) -> int:
+    """Run what the command line asks for; returns the exit code: 0, or 2 for what the user can mend.
+
+    A program of one's own may give every run `hooks` and a `disk`, as `Trainer.from_config` takes them.
+    """
     environment = LaunchEnvironment()
     quiet_libraries()
     try:
@@ -42,7 +49,9 @@ def main(arguments: Sequence[str]) -> int:
         from megallama.train import Trainer
 
         for index, config in enumerate(configs):
-            if not Trainer.from_config(config, environment=environment, job_index=index).fit():
+            if not Trainer.from_config(
+                config, hooks=hooks, disk=disk, environment=environment, job_index=index
+            ).fit():
                 break
     except UserError as error:
         _report(error, environment)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megallama.batches.dataset import OwnData, own_loader
 from megallama.batches.loader import Loader
+from megallama.checkpoint.format.disk import LOCAL_DISK, Disk
 from megallama.config.schema import RunConfig
 from megallama.engine.adam import OptimizerFactory
 from megallama.engine.build import ScheduleFunction, build_run_engine
@@ -33,6 +34,7 @@ class Trainer:
     optimizer: OptimizerFactory | None
     schedule: ScheduleFunction | None
     data: OwnData | None
+    disk: Disk
     job_index: int
 
     @classmethod
@@ -45,6 +47,7 @@ class Trainer:
         optimizer: OptimizerFactory | None = None,
         schedule: ScheduleFunction | None = None,
         data: OwnData | None = None,
+        disk: Disk | None = None,
         environment: LaunchEnvironment | None = None,
         job_index: int = 0,
     ) -> Trainer:
@@ -59,6 +62,7 @@ class Trainer:
             optimizer: (parameter groups, `config.optim`) -> optimizer with Adam's state; None: AdamW.
             schedule: (step from 0, steps of the run) -> learning rate; None: as `config.optim` says.
             data: A dataset, or (topology of this rank) -> `Loader`; None: the token files of `config.data`.
+            disk: Writes the checkpoints; None: as the operating system does.
             environment: Ranks and rendezvous; from torchrun's variables if not given.
             job_index: Number of the job in this process (multirun).
 
@@ -85,6 +89,7 @@ class Trainer:
             optimizer=optimizer,
             schedule=schedule,
             data=data,
+            disk=disk or LOCAL_DISK,
             job_index=job_index,
         )
 
@@ -120,6 +125,7 @@ class Trainer:
                 folder=folder,
                 environment=self.environment,
                 hooks=self.hooks,
+                disk=self.disk,
             )
             return loop.fit()
 

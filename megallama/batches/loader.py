@@ -19,6 +19,9 @@ class Loader:
     record_name: ClassVar[str] = "own_data"
     """Where checkpoints keep what `ledger` gives."""
 
+    is_traceable: ClassVar[bool] = False
+    """Whether `sample_ids` says what a step reads. The run folder then keeps `ledger` for `megallama trace`."""
+
     def batches(self, step: int) -> Sequence[Any]:
         """This rank's micro-batches of step `step`, counted from 0.
 
@@ -44,6 +47,10 @@ class Loader:
     def ledger(self, step: int) -> dict[str, Any]:
         """What a checkpoint after `step` steps is to hold for `resume`: plain JSON."""
         return {}
+
+    def sample_ids(self, step: int) -> dict[str, Any]:
+        """Which samples the whole job takes at step `step`, counted from 0: plain JSON for `log.samples`."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """The run has ended."""

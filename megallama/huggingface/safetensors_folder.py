@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megallama.checkpoint.format.boxes import Ints
-from megallama.checkpoint.format.disk import write_all, writing
+from megallama.checkpoint.format.disk import LOCAL_DISK, writing
 from megallama.checkpoint.format.regions import bytes_of
 from megallama.host.dtypes import FLOATS, dtype_name
 from megallama.host.errors import UserError
@@ -211,7 +211,7 @@ def _write_file(path: Path, tensors: Mapping[str, TensorToWrite], *, dtype: torc
     text += b" " * (-len(text) % 8)  # so that the data are aligned
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        write_all(fd, memoryview(len(text).to_bytes(8, "little") + text))
+        LOCAL_DISK.write(fd, memoryview(len(text).to_bytes(8, "little") + text))
         for name, tensor in tensors.items():
             written = 0
             for block in tensor.blocks():
@@ -219,7 +219,7 @@ def _write_file(path: Path, tensors: Mapping[str, TensorToWrite], *, dtype: torc
                 if not cast.isfinite().all() and block.isfinite().all():
                     raise UserError(f"{name} has values beyond {dtype_name(dtype)}: use --dtype bf16")
                 written += cast.numel()
-                write_all(fd, bytes_of(cast.contiguous()))
+                LOCAL_DISK.write(fd, bytes_of(cast.contiguous()))
             assert written == math.prod(tensor.shape), name
         os.fsync(fd)
     finally:

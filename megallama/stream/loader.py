@@ -31,6 +31,7 @@ class DataLoader(Loader):
     """The batches of one data-parallel rank. Open it with `open_loader`."""
 
     record_name = "data"
+    is_traceable = True
 
     def __init__(
         self,

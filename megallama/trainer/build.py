@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 
 from megallama.batches.loader import Loader
+from megallama.checkpoint.distributed.background import BackgroundSaver
 from megallama.checkpoint.format.boxes import build_boxes
+from megallama.checkpoint.format.disk import LOCAL_DISK, Disk
 from megallama.checkpoint.format.model_identity import model_identity
 from megallama.config.load import to_yaml
 from megallama.config.schema import RunConfig
@@ -31,7 +33,6 @@ from megallama.host.log import start_log, stop_log
 from megallama.metrics.meter import build_meter
 from megallama.metrics.recorder import build_recorder
 from megallama.metrics.traffic_meter import TrafficMeter
-from megallama.stream.loader import DataLoader
 from megallama.topology.agreement import Ranks
 from megallama.topology.groups import Topology
 from megallama.trainer.hooks.base import (
@@ -99,8 +100,12 @@ def build_loop(
     folder: RunFolder,
     environment: LaunchEnvironment,
     hooks: Sequence[Hook] = (),
+    disk: Disk = LOCAL_DISK,
 ) -> Loop:
-    """The loop, resumed from the newest checkpoint that verifies, if there is one; `hooks` are the user's own."""
+    """The loop, resumed from the newest checkpoint that verifies, if there is one.
+
+    `hooks` are the user's own. `disk` writes the checkpoints.
+    """
     train = config.train
     state = start_run(
         folder,
@@ -111,19 +116,33 @@ def build_loop(
         init_from=train.init_from,
     )
     loader.check_enough()
-    if isinstance(loader, DataLoader):
+    if loader.is_traceable:
         ledger = loader.ledger(state.step)
         # Every rank learns of a failure, so that none waits for the others.
         Ranks(topology.host_group).first(lambda: folder.write_ledger(ledger))
     layout = describe_layout(topology, parallel=config.parallel, zero=config.zero, precision=config.precision)
+    resumed_step = state.step if state.step > 0 else None
     saver = Saver(
-        folder.checkpoints,
+        BackgroundSaver(
+            folder.checkpoints,
+            model=model_identity(config.model),
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            # It was read and found intact.
+            verified=set() if resumed_step is None else {resumed_step},
+            group=topology.save_group,
+            disk=disk,
+        ),
         config.checkpoint,
-        topology,
-        engine=engine,
-        model=model_identity(config.model),
-        describe=lambda step: {"layout": layout, loader.record_name: loader.ledger(step)},
-        resumed_step=state.step if state.step > 0 else None,
+        is_first=topology.rank == 0,
+        tensors=lambda: build_boxes(engine.fragments(), engine.layout),
+        describe=lambda now: {
+            "progress": dict(now.to_json()),
+            "engine": dict(engine.counters()),
+            "layout": layout,
+            loader.record_name: loader.ledger(now.step),
+        },
+        saved_step=resumed_step,
     )
 
     chain: list[Hook] = [SaveReportHook(saver)]
@@ -139,7 +158,7 @@ def build_loop(
     chain += hooks
     if topology.rank == 0:
         chain.append(_metrics_hook(config, topology, folder=folder, environment=environment))
-    if config.log.samples and isinstance(loader, DataLoader):
+    if config.log.samples:
         chain += _samples_hooks(topology, folder=folder, loader=loader, completed_steps=state.step)
     chain.append(GuardHook())
     chain.append(CheckpointHook(saver, interval=config.checkpoint.interval, last_step=train.steps))
@@ -150,6 +169,7 @@ def build_loop(
         world_size=topology.world_size,
         folder=folder.path,
         parameters=partial(_parameters, engine),
+        save=saver.save_now,
     )
     return Loop(
         stepper,
@@ -194,9 +214,14 @@ def _metrics_hook(
 
 
 def _samples_hooks(
-    topology: Topology, *, folder: RunFolder, loader: DataLoader, completed_steps: int
+    topology: Topology, *, folder: RunFolder, loader: Loader, completed_steps: int
 ) -> list[Hook]:
     """One on rank 0; every rank learns of a failure."""
+    if not loader.is_traceable:
+        raise UserError(
+            f"log.samples (true) cannot be had: {type(loader).__name__} does not say which samples a step reads. Set"
+            " log.samples=false, or give the loader `sample_ids` and is_traceable = True"
+        )
 
     def opened() -> list[Hook]:
         if topology.rank > 0:

@@ -79,7 +79,7 @@ def _resume(
     stored = Ranks(group).first(lambda: read_manifest(path).state)
     state, counters = _progress(path, stored), _counters(path, stored)
     record = stored.get(loader.record_name)
-    if record is None and loader.record_name == "data":
+    if record is None and loader.is_traceable:
         log.warning("%s has no record of consumed data: every source begins a new epoch", path)
     loader.resume(record, step=state.step, consumed_samples=state.consumed_samples)
     load_checkpoint(

@@ -5,60 +5,69 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from megallama.checkpoint.distributed.background import BackgroundSaver
-from megallama.checkpoint.format.boxes import BoxedTensor, build_boxes
+from megallama.checkpoint.distributed.background import SaveOutcome
+from megallama.checkpoint.format.boxes import BoxedTensor
+from megallama.checkpoint.format.record import JSON
 from megallama.config.schema import CheckpointConfig
-from megallama.engine.build import Engine
-from megallama.topology.groups import Topology
 from megallama.trainer.hooks.base import Hook, StepReport
 from megallama.trainer.state import TrainState
 
 log = logging.getLogger(__name__)
 
 
+class Background(Protocol):
+    """What the saver needs of `BackgroundSaver`."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a save is under way."""
+
+    def reserve(self, tensors: Mapping[str, BoxedTensor]) -> None:
+        """Take the memory for the copy."""
+
+    def start(self, *, step: int, tensors: Mapping[str, BoxedTensor], state: Mapping[str, JSON]) -> None:
+        """Copy, and write meanwhile."""
+
+    def wait(self) -> SaveOutcome | None:
+        """How the save under way ended."""
+
+    def save_now(self, *, step: int, tensors: Mapping[str, BoxedTensor], state: Mapping[str, JSON]) -> None:
+        """Save, and return when it is done."""
+
+
 class Saver:
     """Saves this run, each step at most once. Every rank calls the same methods in the same order.
 
     Args:
-        directory: The checkpoints of this run.
-        config: When, and how many are kept.
-        topology: Groups of this rank.
-        engine: What is saved.
-        model: What must agree for a checkpoint to be of this model.
-        describe: What else belongs to a checkpoint after that many steps: plain JSON by key.
-        resumed_step: The checkpoint that this run resumed from, read and found intact; None for a new run.
+        background: Writes the checkpoints.
+        config: When to save.
+        is_first: Whether this is rank 0, which reports failures.
+        tensors: What is saved, as it is now.
+        describe: What else belongs to a checkpoint of that progress: plain JSON by key.
+        saved_step: The checkpoint that this run resumed from; None for a new run.
     """
 
     def __init__(
         self,
-        directory: Path,
+        background: Background,
         config: CheckpointConfig,
-        topology: Topology,
         *,
-        engine: Engine,
-        model: Mapping[str, Any],
-        describe: Callable[[int], Mapping[str, Any]],
-        resumed_step: int | None,
+        is_first: bool,
+        tensors: Callable[[], Mapping[str, BoxedTensor]],
+        describe: Callable[[TrainState], Mapping[str, JSON]],
+        saved_step: int | None,
     ) -> None:
+        self._background = background
         self._config = config
-        self._is_first = topology.rank == 0
-        self._engine = engine
+        self._is_first = is_first
+        self._tensors = tensors
         self._describe = describe
-        self._saved_step = resumed_step
+        self._saved_step = saved_step
         self._failures = 0
         self._has_warned_of_waiting = False
         self._numbers: dict[str, float] = {}
-        self._background = BackgroundSaver(
-            directory,
-            model=model,
-            keep=config.keep,
-            keep_every=config.keep_every,
-            verified=set() if resumed_step is None else {resumed_step},
-            group=topology.save_group,
-        )
 
     def reserve(self) -> None:
         """Take the memory that background saves need, if there will be any."""
@@ -74,7 +83,7 @@ class Saver:
         self._wait_for_room()
         waited = time.perf_counter()
         if state.step != self._saved_step:
-            self._background.start(step=state.step, tensors=self._tensors(), state=self._state(state))
+            self._background.start(step=state.step, tensors=self._tensors(), state=self._describe(state))
             self._saved_step = state.step
         self._numbers["checkpoint/wait_ms"] = 1e3 * (waited - began)
         self._numbers["checkpoint/stall_ms"] = 1e3 * (time.perf_counter() - began)
@@ -89,7 +98,7 @@ class Saver:
         if state.step == self._saved_step:
             return
         began = time.perf_counter()
-        self._background.save_now(step=state.step, tensors=self._tensors(), state=self._state(state))
+        self._background.save_now(step=state.step, tensors=self._tensors(), state=self._describe(state))
         self._saved_step = state.step
         self._numbers["checkpoint/stall_ms"] = 1e3 * (time.perf_counter() - began)
 
@@ -129,16 +138,6 @@ class Saver:
                 self._config.interval,
                 waited_s,
             )
-
-    def _tensors(self) -> dict[str, BoxedTensor]:
-        return build_boxes(self._engine.fragments(), self._engine.layout)
-
-    def _state(self, state: TrainState) -> dict[str, Any]:
-        return {
-            "progress": dict(state.to_json()),
-            "engine": dict(self._engine.counters()),
-            **self._describe(state.step),
-        }
 
 
 class SaveReportHook(Hook):

@@ -15,9 +15,11 @@ import torch.distributed as dist
 
 from megallama.checkpoint.distributed import storage, store
 from megallama.checkpoint.distributed.background import BackgroundSaver
-from megallama.checkpoint.format import disk, protocol
+from megallama.checkpoint.format import protocol
 from megallama.checkpoint.format.boxes import BoxedTensor
+from megallama.checkpoint.format.disk import LOCAL_DISK, Disk
 from megallama.checkpoint.format.integrity import latest_checkpoint
+from megallama.checkpoint.format.record import INDEX_FILE, MANIFEST_FILE
 from tests.checkpoint.synthetic import MODEL, STATE, Layout, boxes_of, wrong_elements
 
 
@@ -29,6 +31,7 @@ def save(
     seed: int = 0,
     keep_every: int = 0,
     verified: set[int] | None = None,
+    disk: Disk = LOCAL_DISK,
 ) -> Path:
     """Saves the synthetic state; also without process group."""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -42,6 +45,7 @@ def save(
         keep=keep,
         keep_every=keep_every,
         verified=verified,
+        disk=disk,
     )
 
 
@@ -77,14 +81,9 @@ def load_on_rank(path: Path, layout: Layout, seed: int = 0) -> tuple[int, dict[s
 def train_while_saving(directory: Path, layout: Layout) -> tuple[list[int], int]:
     """Saves steps 1 to 3 with a disk that waits for 20 all-reduces: the steps saved, the all-reduces meanwhile."""
     dist.init_process_group("gloo")
-    saver = BackgroundSaver(directory, model=MODEL, keep=0, group=dist.new_group(backend="gloo"))
-    write_all, trained = storage.write_all, threading.Event()
-
-    def slow(fd: int, data: memoryview) -> None:
-        assert trained.wait(1800)
-        write_all(fd, data)
-
-    setattr(storage, "write_all", slow)  # noqa: B010
+    disk = WaitingDisk()
+    saver = BackgroundSaver(directory, model=MODEL, keep=0, group=dist.new_group(backend="gloo"), disk=disk)
+    trained = disk.may_write
     steps, sums = [], 0
     for step in (1, 2, 3):
         trained.clear()
@@ -108,12 +107,12 @@ def train_while_saving(directory: Path, layout: Layout) -> tuple[list[int], int]
 def fill_up_in_background(directory: Path, layout: Layout) -> list[str | None]:
     """Saves three times; the disk of the last rank is full the second time. How each save ended."""
     dist.init_process_group("gloo")
-    saver = BackgroundSaver(directory, model=MODEL, keep=0, group=dist.new_group(backend="gloo"))
-    write_all, problems = storage.write_all, []
+    disk = FailingDisk()
+    saver = BackgroundSaver(directory, model=MODEL, keep=0, group=dist.new_group(backend="gloo"), disk=disk)
+    problems = []
     for step in (1, 2, 3):
         is_full = step == 2 and dist.get_rank() == dist.get_world_size() - 1
-        value = _fails_after(disk.write_all, calls=0) if is_full else write_all
-        setattr(storage, "write_all", value)  # noqa: B010
+        disk.remaining_calls = 0 if is_full else None
         saver.start(step=step, tensors=boxes_of(layout, dist.get_rank()), state=STATE)
         outcome = saver.wait()
         assert outcome is not None
@@ -172,16 +171,15 @@ def full_disk_on_rank(directory: Path, layout: Layout, full_rank: int) -> tuple[
     """Saves while the disk of one rank fills up in the middle of its file: (type, text) of the error."""
     dist.init_process_group("gloo")
     storage.WRITE_BYTES = 4096
-    if dist.get_rank() == full_rank:
-        setattr(storage, "write_all", _fails_after(disk.write_all, calls=5))  # noqa: B010
-    return error_of(lambda: save(directory, layout, 2))
+    disk = FailingDisk(5 if dist.get_rank() == full_rank else None)
+    return error_of(lambda: save(directory, layout, 2, disk=disk))
 
 
 def full_disk_for_index(directory: Path, layout: Layout) -> tuple[str, str]:
     """Saves while the disk has no room left for the index, which rank 0 writes."""
     dist.init_process_group("gloo")
-    disk.write_all = _fails_after(disk.write_all, calls=0)
-    return error_of(lambda: save(directory, layout, 2))
+    disk = FailingDisk(0, only=INDEX_FILE)
+    return error_of(lambda: save(directory, layout, 2, disk=disk))
 
 
 def broken_tensor_on_rank(directory: Path, layout: Layout) -> tuple[str, str]:
@@ -211,9 +209,13 @@ def die_while_saving(directory: Path, layout: Layout, step: int, moment: str, ke
     """Saves and dies of SIGKILL at `moment` on the last rank (which is rank 0 in a single process)."""
     if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
+    disk = LOCAL_DISK
     if not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1:
-        _arm(moment)
-    save(directory, layout, step, keep=keep, seed=1)
+        storage.WRITE_BYTES = 4096
+        disk = DISKS.get(moment, LOCAL_DISK)
+        if disk is LOCAL_DISK:
+            _arm(moment)
+    save(directory, layout, step, keep=keep, seed=1, disk=disk)
 
 
 MOMENTS = (
@@ -228,19 +230,72 @@ MOMENTS = (
 
 
 def _arm(moment: str) -> None:
-    storage.WRITE_BYTES = 4096
+    """Dies at a moment that is not one of writing."""
     place, name, value = {
-        "before the first byte": (storage.DataFile, "append", _die),
-        "within a data file": (storage, "write_all", _dies_after(disk.write_all, calls=7)),
-        "before the index": (storage, "write_file", _die),
-        "within the index": (disk, "write_all", _dies_halfway),
-        "before the manifest": (store, "write_manifest", _die),
-        "within the manifest": (protocol, "write_file", _writes_half_and_dies),
         "before the rename": (store, "publish", _die),
         "between the renames": (protocol, "os", _DiesAtSecondReplace()),
         "within the removal of old ones": (protocol.shutil, "rmtree", _dies_in_removal),  # type: ignore[attr-defined]
     }[moment]
     setattr(place, name, value)
+
+
+class WaitingDisk(Disk):
+    """Writes nothing until it may."""
+
+    def __init__(self) -> None:
+        self.may_write = threading.Event()
+
+    def write(self, fd: int, data: memoryview) -> None:
+        assert self.may_write.wait(1800)
+        super().write(fd, data)
+
+
+class FailingDisk(Disk):
+    """Writes so many times, then fails; None: never. `only` is the name of the file that counts, "" any.
+
+    `is_deadly`: it ends the process; `is_halfway`: it writes half of the data before.
+    """
+
+    def __init__(
+        self,
+        remaining_calls: int | None = None,
+        *,
+        only: str = "",
+        is_deadly: bool = False,
+        is_halfway: bool = False,
+    ) -> None:
+        self.remaining_calls = remaining_calls
+        self._only = only
+        self._is_deadly = is_deadly
+        self._is_halfway = is_halfway
+
+    def write(self, fd: int, data: memoryview) -> None:
+        if self.remaining_calls is not None and self._counts(fd):
+            self.remaining_calls -= 1
+            if self.remaining_calls < 0:
+                self._fail(fd, data)
+        super().write(fd, data)
+
+    def _counts(self, fd: int) -> bool:
+        return not self._only or os.readlink(f"/proc/self/fd/{fd}").endswith(f"/{self._only}")
+
+    def _fail(self, fd: int, data: memoryview) -> None:
+        if self._is_halfway:
+            super().write(fd, data[: len(data) // 2])
+        if self._is_deadly:
+            _die()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+DISKS: dict[str, Disk] = {
+    "before the first byte": FailingDisk(0, is_deadly=True),
+    "within a data file": FailingDisk(7, is_deadly=True),
+    "before the index": FailingDisk(0, only=INDEX_FILE, is_deadly=True),
+    "within the index": FailingDisk(0, only=INDEX_FILE, is_deadly=True, is_halfway=True),
+    "before the manifest": FailingDisk(0, only=MANIFEST_FILE, is_deadly=True),
+    "within the manifest": FailingDisk(0, only=MANIFEST_FILE, is_deadly=True, is_halfway=True),
+}
+"""Disks that end the process at a moment of writing."""
 
 
 class _DiesAtSecondReplace:
@@ -263,40 +318,6 @@ def _dies_in_removal(path: Path, ignore_errors: bool = False) -> None:
 
 def _die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _writes_half_and_dies(path: Path, raw: bytes) -> None:
-    path.write_bytes(raw[: len(raw) // 2])
-    _die()
-
-
-def _dies_halfway(fd: int, data: memoryview) -> None:
-    os.write(fd, data[: len(data) // 2])
-    _die()
-
-
-def _dies_after(function: Callable[..., Any], *, calls: int) -> Callable[..., Any]:
-    return _after(function, calls, _die)
-
-
-def _fails_after(function: Callable[..., Any], *, calls: int) -> Callable[..., Any]:
-    def fail() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    return _after(function, calls, fail)
-
-
-def _after(function: Callable[..., Any], calls: int, act: Callable[[], None]) -> Callable[..., Any]:
-    done = 0
-
-    def wrapped(*args: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done > calls:
-            act()
-        return function(*args)
-
-    return wrapped
 
 
 def error_of(function: Callable[[], object]) -> tuple[str, str]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from megallama.checkpoint.format.disk import Disk
+from megallama.trainer.hooks.base import Hook
 from tests.support.places import ROOT
 from tests.support.ranks import run_ranks
 
@@ -60,12 +62,14 @@ def train_command(arguments: Sequence[str]) -> int:
     return int(load_entry().main(arguments))
 
 
-def impatient_train_command(arguments: Sequence[str]) -> int:
+def impatient_train_command(
+    arguments: Sequence[str], hooks: Sequence[Hook] = (), disk: Disk | None = None
+) -> int:
     """The entry without the pauses in which ranks wait for each other to speak."""
     from megallama import entry, preflight
 
     entry.GRACE_S = entry.STAGGER_S = preflight.PATIENCE_S = 0.0
-    return entry.main(arguments)
+    return entry.main(arguments, hooks=hooks, disk=disk)
 
 
 def megallama_command(arguments: Sequence[str]) -> int:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import threading
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from megallama.checkpoint.format.disk import Disk
 from megallama.checkpoint.format.integrity import verify_checkpoint
 from megallama.host.errors import EXIT_USER_ERROR
 from megallama.metrics.jsonl import load_metrics
+from megallama.trainer.hooks.base import Hook, StepReport
+from megallama.trainer.state import TrainState
 from tests.launch.entry import Outcome, call, impatient_train_command
-from tests.support.jobs import metrics, overrides, run_job
+from tests.support.jobs import metrics, overrides, run_job, wait_for_save
 from tests.support.ranks import run_ranks
 
 SAVES = "checkpoint.interval=2"
@@ -27,15 +31,25 @@ FREE_BYTES = 1 << 20
 _CLONE_NEWNS, _CLONE_NEWUSER, _MS_REC, _MS_PRIVATE = 0x20000, 0x10000000, 0x4000, 0x40000
 
 
-def at_step(step: int, action: object) -> None:
-    """Calls `action` in this process when `step` steps are done and not yet saved."""
-    from megallama.trainer.hooks import base as hooks
+class AtSteps(Hook):
+    """Calls an action when so many steps are done and not yet saved."""
 
-    def act(self: object, state: object, report: object) -> None:
-        if state.step == step:  # type: ignore[attr-defined]
-            action()  # type: ignore[operator]
+    def __init__(self, actions: Mapping[int, Callable[[], object]]) -> None:
+        self._actions = actions
 
-    hooks.GuardHook.after_step = act  # type: ignore[method-assign, assignment]
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        if state.step in self._actions:
+            self._actions[state.step]()
+
+
+class ClaimedDisk(Disk):
+    """Says that it has more room than is there."""
+
+    def __init__(self, claimed_bytes: int | None) -> None:
+        self._claimed_bytes = claimed_bytes
+
+    def free_bytes(self, path: Path) -> int:
+        return super().free_bytes(path) if self._claimed_bytes is None else self._claimed_bytes
 
 
 def limit_files() -> None:
@@ -45,16 +59,15 @@ def limit_files() -> None:
 
 def limited_on_last_rank(arguments: list[str]) -> Outcome:
     """One of two ranks; the other one's disk is full before the second save."""
-    if os.environ["RANK"] == "1":
-        at_step(3, limit_files)
-    return call(impatient_train_command, arguments)
+    hooks = [AtSteps({3: limit_files})] if os.environ["RANK"] == "1" else []
+    return call(impatient_train_command, arguments, hooks)
 
 
 def run_with_short_metrics(arguments: list[str]) -> Outcome:
     """A run whose metrics.jsonl can take no line after about ten steps."""
     limit = (4096, resource.RLIM_INFINITY)
-    at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    return call(impatient_train_command, arguments)
+    hook = AtSteps({3: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)})
+    return call(impatient_train_command, arguments, [hook])
 
 
 def test_a_disk_without_room_for_metrics(tmp_path: Path) -> None:
@@ -78,20 +91,11 @@ def assert_first_is_whole(checkpoints: Path) -> None:
 def full_for_a_while(arguments: list[str]) -> Outcome:
     """A run whose disk is full at its second save and has room again at the third."""
 
-    def limit_or_lift(self: object, state: object, report: object) -> None:
-        step = state.step  # type: ignore[attr-defined]
-        if step == 3:
-            limit_files()
-        if step == 6:
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint-save":
-                    thread.join()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    def lift() -> None:
+        wait_for_save()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    from megallama.trainer.hooks import base as hooks
-
-    hooks.GuardHook.after_step = limit_or_lift  # type: ignore[method-assign, assignment]
-    return call(impatient_train_command, arguments)
+    return call(impatient_train_command, arguments, [AtSteps({3: limit_files, 6: lift})])
 
 
 def test_training_goes_on_after_a_failed_background_save(tmp_path: Path) -> None:
@@ -168,24 +172,16 @@ def run_on_small_disk(
     Returns:
         How it ended, its checkpoints, what is wrong with the first of them, how the rerun ended, its losses.
     """
-    from megallama.checkpoint.distributed import store
-
-    if mount_small_disk(disk):
-        at_step(3, lambda: fill(disk, leave_bytes=leave_bytes))
-    else:
-        # A container may forbid mounts; then the limit on files stands for the full disk.
-        at_step(3, limit_files)
-    known = store.free_bytes
-    if is_noticed_late:
-        # As where a quota, or another writer, takes what the file system says is free.
-        store.free_bytes = lambda path: 1 << 50  # type: ignore[assignment]
-    ended = call(impatient_train_command, arguments)
+    # A container may forbid mounts; then the limit on files stands for the full disk.
+    is_mounted = mount_small_disk(disk)
+    act = partial(fill, disk, leave_bytes=leave_bytes) if is_mounted else limit_files
+    # As where a quota, or another writer, takes what the file system says is free.
+    claimed = 1 << 50 if is_noticed_late else None
+    ended = call(impatient_train_command, arguments, [AtSteps({3: act})], ClaimedDisk(claimed))
     saved = sorted(path.name for path in (disk / "run" / "checkpoints").iterdir())
     problems = verify_checkpoint(disk / "run" / "checkpoints" / "step-00000002")
     (disk / "ballast").unlink(missing_ok=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    store.free_bytes = known
-    at_step(3, lambda: None)
     again = call(impatient_train_command, arguments)
     lines = metrics(disk / "run")
     return ended, saved, problems, again, [(line["train/loss"], line["train/grad_norm"]) for line in lines]

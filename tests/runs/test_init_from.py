@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,8 @@ from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.checkpoint.offline.writer import CheckpointWriter
 from megallama.config.load import load_config
 from megallama.host.errors import DamagedError
+from megallama.trainer.hooks.base import Hook, RunView
+from megallama.trainer.state import TrainState
 from tests.support.jobs import metrics, overrides, run_job, train, worst_relative
 from tests.support.ranks import run_ranks
 
@@ -47,18 +48,12 @@ def arguments(folder: Path, *words: str, source: str | Path = "weights", run_nam
 
 def train_and_save_first(arguments: list[str]) -> None:
     """One rank of a run that is also saved before its first step."""
-    from megallama.trainer.hooks.base import CheckpointHook
-    from megallama.trainer.loop import Loop
 
-    original = Loop.fit
+    class SaveFirst(Hook):
+        def start(self, state: TrainState, run: RunView) -> None:
+            run.save(state)
 
-    def fit(self: Any) -> bool:
-        [hook] = [hook for hook in self.hooks if isinstance(hook, CheckpointHook)]
-        hook._saver.save_now(self.state)
-        return original(self)
-
-    Loop.fit = fit  # type: ignore[method-assign]
-    train(arguments)
+    train(arguments, hooks=[SaveFirst()])
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 
 from megallama.host.errors import UserError
 from megallama.stream.trace import trace_step
+from megallama.trainer.hooks.base import Hook, StepReport
 from megallama.trainer.hooks.samples import SamplesHook
 from megallama.trainer.state import TrainState
 from tests.support.jobs import overrides, run_job, train, write_dataset
@@ -27,25 +28,19 @@ def settings(folder: Path) -> list[str]:
     write_dataset(folder / "数据" / "小", documents=6, seed=1)
     write_dataset(folder / "数据" / "大", documents=60, seed=2)
     sources = f"data.sources=[{{path: {folder}/数据/大, weight: 2}}, {{path: {folder}/数据/小}}]"
-    return [sources, "log.samples=true", "model.num_layers=2", "checkpoint.interval=2"]
+    checkpoints = ["checkpoint.interval=3", "checkpoint.async_save=false"]
+    return [sources, "log.samples=true", "model.num_layers=2", *checkpoints]
 
 
 def train_and_vanish(arguments: list[str]) -> None:
-    """Train, and vanish after step 4, whose checkpoint is not there yet, without a word."""
-    from megallama.trainer.hooks import base as hooks
+    """Train, and vanish without a word within step 5, when the newest checkpoint is that of step 3."""
 
-    def vanish(self: Any, state: TrainState, report: Any) -> None:
-        if state.step == 4:
-            os._exit(9)
+    class Vanish(Hook):
+        def after_step(self, state: TrainState, report: StepReport) -> None:
+            if state.step == 5:
+                os._exit(9)
 
-    hooks.CheckpointHook.after_step, plain = vanish, hooks.CheckpointHook.after_step  # type: ignore[assignment]
-
-    def saving(self: Any, state: TrainState, report: Any) -> None:
-        vanish(self, state, report)
-        plain(self, state, report)
-
-    hooks.CheckpointHook.after_step = saving  # type: ignore[method-assign]
-    train(arguments)
+    train(arguments, hooks=[Vanish()])
 
 
 def test_ids_are_logged_resumed_and_what_trace_says(tmp_path: Path) -> None:
@@ -60,7 +55,7 @@ def test_ids_are_logged_resumed_and_what_trace_says(tmp_path: Path) -> None:
     with open(tmp_path / "cut" / "samples.jsonl", "a", encoding="utf-8") as stream:
         stream.write('{"progress/step": 5, "first')
     run_job(tmp_path, 2, *extra, "parallel.pp=2", run_name="cut")
-    assert lines(tmp_path / "cut") == whole, "resumed at step 2, under another layout"
+    assert lines(tmp_path / "cut") == whole, "resumed at step 3, under another layout"
     epochs = set()
     for line in whole:
         traced = list(trace_step(tmp_path / "whole", step=line["progress/step"]))

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.jobs import metrics, overrides, train
+from megallama.batches.loader import Loader
+from megallama.config.load import load_config
+from megallama.topology.groups import Topology
+from tests.support.jobs import metrics, overrides, train_config
 from tests.support.ranks import run_ranks
 
 FP16 = ["precision.dtype=fp16", "precision.loss_scale_window=2", "precision.initial_loss_scale=1024"]
@@ -26,19 +29,31 @@ SAME = (
 
 def train_and_note(arguments: list[str], notes: Path) -> None:
     """One rank of a run that writes the tokens of each of its steps to `notes`, if it is one that reads them."""
-    from megallama.engine.build import Engine
+    from megallama import build_loader
 
-    original = Engine.train_step
+    config = load_config(arguments)
 
-    def train_step(self: Any, step: int, batches: Any) -> Any:
-        topology = self._topology
-        if topology.is_first_stage and topology.tp_rank == 0:
-            rows = [row for batch in batches for row in batch.tokens_BS.tolist()]
-            (notes / f"{step}-{topology.dp_rank}.json").write_text(json.dumps(rows), encoding="utf-8")
-        return original(self, step, batches)
+    def noting_loader(topology: Topology) -> Loader:
+        loader = build_loader(
+            config.data,
+            topology=topology,
+            train=config.train,
+            evaluation=config.eval,
+            vocab_size=config.model.vocab_size,
+        )
+        read = loader.batches
 
-    Engine.train_step = train_step  # type: ignore[method-assign]
-    train(arguments)
+        def batches(step: int) -> Any:
+            given = read(step)
+            if topology.is_first_stage and topology.tp_rank == 0:
+                rows = [row for batch in given for row in batch.tokens_BS.tolist()]
+                (notes / f"{step}-{topology.dp_rank}.json").write_text(json.dumps(rows), encoding="utf-8")
+            return given
+
+        loader.batches = batches  # type: ignore[method-assign]
+        return loader
+
+    train_config(config, data=noting_loader)
 
 
 def run_and_note(folder: Path, world_size: int, *words: str, run_name: str) -> dict[int, list[list[int]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +16,6 @@ from megallama.config.schema import RunConfig
 from megallama.prepare.token_writer import TokenWriter
 from megallama.tokenizers.interface import Tokenizer
 from megallama.tokens.token_file import TokenFile
-from megallama.trainer.hooks.base import Hook
 from tests.support.ranks import run_ranks
 
 VOCAB_SIZE = 128
@@ -76,16 +75,23 @@ def overrides(folder: Path, *extra: str, run_name: str = "run") -> list[str]:
     return [*SMALL, f"data.sources=[{{path: {prefix}}}]", f"train.run_dir={folder / run_name}", *extra]
 
 
-def train(arguments: list[str], *, hooks: Sequence[Hook] = ()) -> bool:
-    """One rank of a run through the real entry; called in every rank."""
-    return train_config(load_config(arguments), hooks=hooks)
+def train(arguments: list[str], **parts: Any) -> bool:
+    """One rank of a run; called in every rank. `parts` are arguments of `Trainer.from_config`."""
+    return train_config(load_config(arguments), **parts)
 
 
-def train_config(config: RunConfig, *, hooks: Sequence[Hook] = ()) -> bool:
+def train_config(config: RunConfig, **parts: Any) -> bool:
     """The same of a configuration that was composed once, for all ranks."""
     from megallama.train import Trainer
 
-    return Trainer.from_config(config, hooks=hooks).fit()
+    return Trainer.from_config(config, **parts).fit()
+
+
+def wait_for_save() -> None:
+    """Until the background save of this process has ended, if there is one."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint-save":
+            thread.join()
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from megallama.checkpoint.distributed.background import SaveOutcome
 from megallama.config.schema import CheckpointConfig
 from megallama.engine.step import StepResult
 from megallama.host.errors import UserError
-from megallama.trainer import saver as saver_module
 from megallama.trainer.hooks.base import StepReport
 from megallama.trainer.saver import Saver, SaveReportHook
 from megallama.trainer.state import TrainState
@@ -21,8 +19,7 @@ from megallama.trainer.state import TrainState
 class FakeBackground:
     """Saves when told to; `ends` has how."""
 
-    def __init__(self, directory: Any, **settings: Any) -> None:
-        self.settings = settings
+    def __init__(self) -> None:
         self.events: list[Any] = []
         self.running: int | None = None
         self.is_running = False
@@ -50,28 +47,24 @@ class FakeBackground:
             raise UserError(self.problems[step])
 
 
-@pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(saver_module, "BackgroundSaver", FakeBackground)
-    monkeypatch.setattr(saver_module, "build_boxes", lambda fragments, layout: {})
-
-    def make(*, resumed_step: int | None = None, **settings: Any) -> tuple[Saver, FakeBackground]:
-        engine: Any = SimpleNamespace(fragments=list, layout={}, counters=dict)
-        topology: Any = SimpleNamespace(rank=0, save_group=None)
-        config = CheckpointConfig(interval=2, **settings)
-        saver = Saver(
-            None, config, topology, engine=engine, model={}, describe=lambda _: {}, resumed_step=resumed_step
-        )  # type: ignore[arg-type]
-        return saver, saver._background  # type: ignore[return-value]
-
-    return make
+def build(*, saved_step: int | None = None, **settings: Any) -> tuple[Saver, FakeBackground]:
+    background = FakeBackground()
+    saver = Saver(
+        background,
+        CheckpointConfig(interval=2, **settings),
+        is_first=True,
+        tensors=dict,
+        describe=lambda state: {"progress": dict(state.to_json())},
+        saved_step=saved_step,
+    )
+    return saver, background
 
 
 def at(step: int) -> TrainState:
     return TrainState(step=step)
 
 
-def test_a_save_that_is_due_waits_for_the_one_before(build: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_save_that_is_due_waits_for_the_one_before(caplog: pytest.LogCaptureFixture) -> None:
     saver, background = build()
     for step in (2, 4, 6):
         saver.save(at(step))
@@ -82,7 +75,7 @@ def test_a_save_that_is_due_waits_for_the_one_before(build: Any, caplog: pytest.
     assert len(lines) == 1 and "longer than checkpoint.interval (2 steps)" in lines[0], "said once"
 
 
-def test_the_end_of_the_run_is_on_the_disk(build: Any) -> None:
+def test_the_end_of_the_run_is_on_the_disk() -> None:
     saver, background = build()
     saver.save(at(2))
     saver.save_now(at(3))
@@ -94,9 +87,7 @@ def test_the_end_of_the_run_is_on_the_disk(build: Any) -> None:
     assert background.events == [("start", 2, 2), ("end", 2)], "a stop at a step that is being saved"
 
 
-def test_a_failed_save_is_told_once_and_training_goes_on(
-    build: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_save_is_told_once_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     saver, background = build()
     background.problems = {2: "no room for the checkpoint at X: free some space"}
     hook = SaveReportHook(saver)
@@ -117,7 +108,7 @@ def test_a_failed_save_is_told_once_and_training_goes_on(
     assert saver.take_numbers()["checkpoint/save_s"] == 1.5
 
 
-def test_a_step_whose_save_failed_is_saved_at_the_end(build: Any) -> None:
+def test_a_step_whose_save_failed_is_saved_at_the_end() -> None:
     saver, background = build()
     background.problems = {4: "full"}
     saver.save(at(4))
@@ -128,7 +119,7 @@ def test_a_step_whose_save_failed_is_saved_at_the_end(build: Any) -> None:
     assert background.events == [("start", 4, 4), ("end", 4), ("now", 4), ("now", 4)]
 
 
-def test_without_background_training_stands_still(build: Any) -> None:
+def test_without_background_training_stands_still() -> None:
     saver, background = build(async_save=False)
     saver.reserve()
     saver.save(at(2))
@@ -136,15 +127,13 @@ def test_without_background_training_stands_still(build: Any) -> None:
     assert set(saver.take_numbers()) == {"checkpoint/stall_ms"}
 
 
-def test_memory_is_taken_at_the_start(build: Any) -> None:
+def test_memory_is_taken_at_the_start() -> None:
     saver, background = build()
     saver.reserve()
     assert background.events == ["reserve"]
 
 
-def test_what_was_resumed_from_is_known_to_be_intact(build: Any) -> None:
-    saver, background = build(resumed_step=6, keep=3, keep_every=4)
-    assert background.settings["verified"] == {6}
-    assert (background.settings["keep"], background.settings["keep_every"]) == (3, 4)
+def test_what_was_resumed_from_is_not_saved_again() -> None:
+    saver, background = build(saved_step=6)
     saver.save_now(at(6))
     assert background.events == []

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megallama.checkpoint.distributed.staging import Staging
 from megallama.checkpoint.distributed.store import save_checkpoint
 from megallama.checkpoint.format.boxes import BoxedTensor
+from megallama.checkpoint.format.disk import LOCAL_DISK, Disk
 from megallama.checkpoint.format.record import JSON
 from megallama.host.errors import UserError
 
@@ -38,6 +39,7 @@ class BackgroundSaver:
         keep_every: Distance in steps of checkpoints that are kept for good; 0: none.
         verified: Steps of checkpoints that this run found intact by reading them.
         group: All ranks that save, gloo, used by nobody else while a save may run.
+        disk: Writes the bytes.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class BackgroundSaver:
         keep_every: int = 0,
         verified: set[int] | None = None,
         group: dist.ProcessGroup | None = None,
+        disk: Disk = LOCAL_DISK,
     ) -> None:
         self._directory = directory
         self._model = model
@@ -56,6 +59,7 @@ class BackgroundSaver:
         self._keep_every = keep_every
         self._verified = set() if verified is None else verified
         self._group = group
+        self._disk = disk
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._outcome: SaveOutcome | None = None
@@ -131,4 +135,5 @@ class BackgroundSaver:
             keep_every=self._keep_every,
             verified=self._verified,
             group=self._group,
+            disk=self._disk,
         )

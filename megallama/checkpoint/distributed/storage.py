@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future as TorchFuture
 
 from megallama.checkpoint.distributed.planner import metadata_of
-from megallama.checkpoint.format.disk import reading, write_all, write_file, writing
+from megallama.checkpoint.format.disk import LOCAL_DISK, Disk, reading, write_file, writing
 from megallama.checkpoint.format.record import (
     ALIGNMENT_BYTES,
     INDEX_FILE,
@@ -63,7 +63,8 @@ class BoxWriter(StorageWriter):
     `files` has this rank's files afterwards: its data files, and the index on rank 0.
     """
 
-    def __init__(self, directory: Path, *, world_size: int) -> None:
+    def __init__(self, directory: Path, *, world_size: int, disk: Disk) -> None:
+        self._disk = disk
         self.directory = directory
         self.world_size = world_size
         self.files: dict[str, FileRecord] = {}
@@ -117,7 +118,7 @@ class BoxWriter(StorageWriter):
     ) -> list[WriteResult]:
         results = []
         path = self.directory / data_file(number)
-        with writing(path, needed_bytes=needed), DataFile(path) as file:
+        with writing(path, needed_bytes=needed), DataFile(path, disk=self._disk) as file:
             for item in items:
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, torch.Tensor)
@@ -137,7 +138,9 @@ class BoxWriter(StorageWriter):
             assert isinstance(stored, TensorStorageMetadata)
             in_order = tuple(sorted(boxes[key], key=lambda box: box.offset))
             tensors[key] = TensorRecord(tuple(stored.size), stored.properties.dtype, in_order)
-        self.files[INDEX_FILE] = write_file(self.directory / INDEX_FILE, encode_index(tensors))
+        self.files[INDEX_FILE] = write_file(
+            self.directory / INDEX_FILE, encode_index(tensors), disk=self._disk
+        )
 
 
 class DataFile:
@@ -147,9 +150,11 @@ class DataFile:
         path: The file; it must not exist.
         backlog: Blocks that may be written before they are digested. 0: the memory of a tensor is free to be
             changed once `append` has returned.
+        disk: Writes the bytes.
     """
 
-    def __init__(self, path: Path, *, backlog: int = _BACKLOG) -> None:
+    def __init__(self, path: Path, *, backlog: int = _BACKLOG, disk: Disk = LOCAL_DISK) -> None:
+        self._disk = disk
         self.position = 0
         self._backlog = backlog
         self._digest = new_digest()
@@ -186,7 +191,7 @@ class DataFile:
 
     def _write_block(self, data: memoryview) -> None:
         self._behind.append(self._hasher.submit(self._digest.update, data))
-        write_all(self._fd, data)
+        self._disk.write(self._fd, data)
         if len(self._behind) > self._backlog:
             self._behind.popleft().result()
 

@@ -18,7 +18,7 @@ from megallama.checkpoint.distributed.planner import BoxLoadPlanner, BoxSavePlan
 from megallama.checkpoint.distributed.retention import remove_old
 from megallama.checkpoint.distributed.storage import BoxReader, BoxWriter
 from megallama.checkpoint.format.boxes import BoxedTensor
-from megallama.checkpoint.format.disk import free_bytes, no_space_text
+from megallama.checkpoint.format.disk import LOCAL_DISK, Disk, no_space_text
 from megallama.checkpoint.format.model_identity import check_model
 from megallama.checkpoint.format.protocol import (
     check_sizes,
@@ -56,12 +56,14 @@ def save_checkpoint(
     keep_every: int = 0,
     verified: set[int] | None = None,
     group: dist.ProcessGroup | None = None,
+    disk: Disk = LOCAL_DISK,
 ) -> Path:
     """Writes the checkpoint of `step` into `directory`, then removes old ones (`retention.remove_old`).
 
     Called by every rank of `group` (default: all ranks; one process without torch.distributed). `state` and
-    `model` are taken from rank 0. On return the checkpoint is complete and on the disk; on an error, which
-    every rank gets, older checkpoints are as they were and nothing of this one is left.
+    `model` are taken from rank 0. `disk` writes this rank's bytes. On return the checkpoint is complete and on
+    the disk; on an error, which every rank gets, older checkpoints are as they were and nothing of this one is
+    left.
 
     Raises:
         UserError: the disk is full, not writable or not shared by all ranks.
@@ -71,18 +73,18 @@ def save_checkpoint(
     ranks = Ranks(group)
     described = ranks.first(lambda: (plain_json(model, what="model"), plain_json(state, what="state")))
     needed = sum(ranks.gather(_bytes_to_write(tensors)))
-    ranks.first(lambda: _check_space(directory, needed))
+    ranks.first(lambda: _check_space(directory, needed, disk))
     temporary = ranks.first(lambda: start_temporary(directory, step=step))
     try:
         ranks.everywhere(lambda: _check_shared(temporary))
-        writer = BoxWriter(temporary, world_size=ranks.size)
+        writer = BoxWriter(temporary, world_size=ranks.size, disk=disk)
         _translated(
             lambda: save(dict(tensors), storage_writer=writer, planner=BoxSavePlanner(), process_group=group),
             ranks,
         )
         files = {name: record for part in ranks.gather(writer.files) for name, record in part.items()}
         manifest = CheckpointManifest(step, *described, files)
-        ranks.first(lambda: write_manifest(temporary, manifest))
+        ranks.first(lambda: write_manifest(temporary, manifest, disk=disk))
         path = ranks.first(lambda: publish(temporary, step=step))
     except BaseException:
         if ranks.is_first:
@@ -140,8 +142,8 @@ def _open(
         return manifest, read_index(path, manifest)
 
 
-def _check_space(directory: Path, needed: int) -> None:
-    if free_bytes(directory) < needed:
+def _check_space(directory: Path, needed: int, disk: Disk) -> None:
+    if disk.free_bytes(directory) < needed:
         raise UserError(no_space_text(directory, needed_bytes=needed, reason="disk is too full"))
 
 

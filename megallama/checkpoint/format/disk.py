@@ -48,18 +48,34 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def write_all(fd: int, data: memoryview) -> None:
-    """All of `data`: a nearly full disk takes a part first and only then says no."""
-    while data:
-        data = data[os.write(fd, data) :]
+class Disk:
+    """How the bytes of a checkpoint are written. A derived class may throttle, count or fake it."""
+
+    def free_bytes(self, path: Path) -> int:
+        """Bytes that this user may still write on the disk of `path`; a save that needs more is not begun."""
+        return free_bytes(path)
+
+    def write(self, fd: int, data: memoryview) -> None:
+        """Write all of `data`. A nearly full disk takes a part first and only then refuses.
+
+        The threads that write one checkpoint call this at the same time.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
+        """
+        while data:
+            data = data[os.write(fd, data) :]
 
 
-def write_file(path: Path, raw: bytes) -> FileRecord:
+LOCAL_DISK = Disk()
+
+
+def write_file(path: Path, raw: bytes, *, disk: Disk = LOCAL_DISK) -> FileRecord:
     """Creates `path` with `raw` and waits until it is on the disk."""
     with writing(path, needed_bytes=len(raw)):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            write_all(fd, memoryview(raw))
+            disk.write(fd, memoryview(raw))
             os.fsync(fd)
         finally:
             os.close(fd)

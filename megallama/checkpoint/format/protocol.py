@@ -12,7 +12,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from megallama.checkpoint.format.disk import read_file, write_file
+from megallama.checkpoint.format.disk import LOCAL_DISK, Disk, read_file, write_file
 from megallama.checkpoint.format.record import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -149,9 +149,9 @@ def put_back_replaced(directory: Path) -> None:
             os.replace(path, directory / match[1])
 
 
-def write_manifest(temporary: Path, manifest: CheckpointManifest) -> FileRecord:
+def write_manifest(temporary: Path, manifest: CheckpointManifest, *, disk: Disk = LOCAL_DISK) -> FileRecord:
     """Writes the manifest, the last file of a checkpoint, and waits for all names to be on the disk."""
-    record = write_file(temporary / MANIFEST_FILE, encode_manifest(manifest))
+    record = write_file(temporary / MANIFEST_FILE, encode_manifest(manifest), disk=disk)
     fsync_folder(temporary)
     return record
 

@@ -51,6 +51,9 @@ class RunView:
     parameters: Callable[[], Iterator[ParameterPart]]
     """Parts of parameters that this rank owns, as they are now, under every ZeRO stage; only to be read. Copies of what
     another rank owns are left out, so that sums over all ranks count each element once."""
+    save: Callable[[TrainState], None]
+    """Saves a checkpoint of this progress, if there is none yet, and returns when it is on the disk. All ranks call it,
+    with the state that the hook was given."""
 
 
 class Hook:

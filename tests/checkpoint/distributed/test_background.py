@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megallama.checkpoint.distributed import storage
 from megallama.checkpoint.distributed.background import BackgroundSaver
 from megallama.checkpoint.distributed.staging import Staging
 from megallama.checkpoint.format.boxes import BoxedTensor
+from megallama.checkpoint.format.disk import LOCAL_DISK, Disk
 from megallama.checkpoint.format.integrity import verify_checkpoint
 from megallama.checkpoint.format.protocol import find_checkpoints
 from megallama.host.errors import CheckpointError, UserError
 from tests.checkpoint.ranks_at_work import (
+    WaitingDisk,
     fill_up_in_background,
     grown_bytes_in_background,
     load,
@@ -30,32 +30,19 @@ from tests.support.ranks import run_ranks
 ONE = Layout(1, 1)
 
 
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Nothing is written until it is set."""
-    event = threading.Event()
-    write_all = storage.write_all
-
-    def wait_and_write(fd: int, data: memoryview) -> None:
-        assert event.wait(1800)
-        write_all(fd, data)
-
-    monkeypatch.setattr(storage, "write_all", wait_and_write)
-    return event
+def saver_of(directory: Path, *, keep: int = 0, disk: Disk = LOCAL_DISK) -> BackgroundSaver:
+    return BackgroundSaver(directory, model=MODEL, keep=keep, disk=disk)
 
 
-def saver_of(directory: Path, *, keep: int = 0) -> BackgroundSaver:
-    return BackgroundSaver(directory, model=MODEL, keep=keep)
-
-
-def test_what_is_saved_is_the_state_of_the_call(tmp_path: Path, gate: threading.Event) -> None:
-    saver, boxes = saver_of(tmp_path), boxes_of(ONE, 0)
+def test_what_is_saved_is_the_state_of_the_call(tmp_path: Path) -> None:
+    disk = WaitingDisk()
+    saver, boxes = saver_of(tmp_path, disk=disk), boxes_of(ONE, 0)
     saver.start(step=5, tensors=boxes, state=STATE)
     assert saver.is_running and find_checkpoints(tmp_path) == []
     for tensor in boxes.values():
         for view in tensor.boxes.values():
             view.fill_(math.nan)
-    gate.set()
+    disk.may_write.set()
     outcome = saver.wait()
     assert outcome is not None and (outcome.step, outcome.problem) == (5, None) and outcome.seconds > 0
     assert not saver.is_running and saver.wait() is None
@@ -92,13 +79,14 @@ def test_a_fault_of_the_program_is_raised(tmp_path: Path) -> None:
     assert saver.wait() is None
 
 
-def test_saves_do_not_overtake_each_other(tmp_path: Path, gate: threading.Event) -> None:
-    saver = saver_of(tmp_path)
+def test_saves_do_not_overtake_each_other(tmp_path: Path) -> None:
+    disk = WaitingDisk()
+    saver = saver_of(tmp_path, disk=disk)
     saver.start(step=1, tensors=boxes_of(ONE, 0), state=STATE)
     for again in (saver.start, saver.save_now):
         with pytest.raises(AssertionError, match="wait"):
             again(step=2, tensors=boxes_of(ONE, 0), state=STATE)
-    gate.set()
+    disk.may_write.set()
     assert saver.wait() is not None
     assert find_checkpoints(tmp_path) == [1]
 
