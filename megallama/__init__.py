@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from megallama.batches.micro_batch import MicroBatch as MicroBatch
     from megallama.batches.micro_batch import rank_part as rank_part
     from megallama.checkpoint.distributed.store import load_checkpoint as load_checkpoint
+    from megallama.checkpoint.format.boxes import build_boxes as build_boxes
+    from megallama.checkpoint.format.disk import Disk as Disk
+    from megallama.checkpoint.format.model_identity import model_identity as model_identity
     from megallama.config.load import load_config as load_config
     from megallama.config.schema import CheckpointConfig as CheckpointConfig
     from megallama.config.schema import DataConfig as DataConfig
@@ -38,8 +41,10 @@ if TYPE_CHECKING:
     from megallama.topology.connect import connect as connect
     from megallama.train import Trainer as Trainer
     from megallama.trainer.hooks.base import Hook as Hook
+    from megallama.trainer.hooks.base import ParameterPart as ParameterPart
     from megallama.trainer.hooks.base import RunView as RunView
     from megallama.trainer.hooks.base import StepReport as StepReport
+    from megallama.trainer.hooks.base import StopTraining as StopTraining
     from megallama.trainer.state import TrainState as TrainState
     from megallama.verification.verify import verify as verify
 
@@ -48,6 +53,9 @@ _PLACES = {
     "batches.loader": ("Loader",),
     "batches.micro_batch": ("MicroBatch", "rank_part"),
     "checkpoint.distributed.store": ("load_checkpoint",),
+    "checkpoint.format.boxes": ("build_boxes",),
+    "checkpoint.format.disk": ("Disk",),
+    "checkpoint.format.model_identity": ("model_identity",),
     "config.load": ("load_config",),
     "config.schema": (
         *(
@@ -69,7 +77,7 @@ _PLACES = {
     "stream.build": ("build_loader",),
     "topology.connect": ("connect",),
     "train": ("Trainer",),
-    "trainer.hooks.base": ("Hook", "RunView", "StepReport"),
+    "trainer.hooks.base": ("Hook", "ParameterPart", "RunView", "StepReport", "StopTraining"),
     "trainer.state": ("TrainState",),
     "verification.verify": ("verify",),
 }

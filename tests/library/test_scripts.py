@@ -8,6 +8,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,12 +27,17 @@ LAYOUTS = {
 }
 
 
-def script(name: str) -> str:
-    """The script of the page that defines class `name`."""
+def block(words: str) -> str:
+    """The block of Python on the page that has these words."""
     text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    (found,) = [block for block in blocks if f"class {name}" in block]
+    (found,) = [block for block in blocks if words in block]
     return str(found)
+
+
+def script(name: str) -> str:
+    """The script of the page that defines class `name`."""
+    return block(f"class {name}")
 
 
 def run_script(path: Path, words: list[str]) -> None:
@@ -87,3 +93,28 @@ def test_a_hook_sees_every_parameter_on_every_layout(tmp_path: Path) -> None:
     for other in others:
         for line, wanted in zip(other, whole, strict=True):
             assert line["norms"] == pytest.approx(wanted["norms"], rel=1e-9)
+
+
+def run_parts(words: list[str]) -> tuple[float, int]:
+    """The blocks of the page that are no scripts: a run with schedule and optimizer, then a step made of parts."""
+    import megallama
+
+    names: dict[str, Any] = {"megallama": megallama, "config": megallama.load_config(words)}
+    for text in ("def schedule", "def resume"):
+        exec(block(text), names)
+    run = {"schedule": names["schedule"], "optimizer": names["optimizer"]}
+    assert megallama.Trainer.from_config(names["config"], **run).fit()
+    names["path"] = Path(names["config"].train.run_dir) / "checkpoints" / "step-00000003"
+    exec(block("megallama.build_model(") + "    step = resume(engine, config, path)\n", names)
+    return names["result"].loss, names["step"]
+
+
+def test_the_other_blocks_run(tmp_path: Path) -> None:
+    words = overrides(tmp_path, *EXACT)
+    for loss, step in run_ranks(2, run_parts, [*words, "parallel.pp=2"]):
+        lines = metrics(tmp_path / "run")
+        assert step == 3
+        assert loss == pytest.approx(lines[0]["train/loss"], rel=1e-12), (
+            "a step made of parts is that of a run"
+        )
+        assert [line["train/lr"] for line in lines] == pytest.approx([3e-6, 6e-6, 9e-6])
