@@ -33,7 +33,7 @@ from megallama.engine.state import (
     publish_masters,
 )
 from megallama.engine.state import counters as state_counters
-from megallama.engine.step import EvalResult, MicroBatch, StepResult
+from megallama.engine.step import EvalResult, StepBatch, StepResult
 from megallama.engine.tie import EmbeddingTie
 from megallama.engine.zero import ZeroEngine
 from megallama.grid import num_micro_batches
@@ -73,7 +73,7 @@ class Engine:
         check_fragments(self._zero, stage.module)
         self._invariants = Invariants(stage, self._zero, topology=topology)
 
-    def train_step(self, step: int, batches: Sequence[MicroBatch]) -> StepResult:
+    def train_step(self, step: int, batches: Sequence[StepBatch]) -> StepResult:
         """Optimizer step number `step` (from 0) over this rank's micro-batches."""
         topology = self._topology
         if self._train.check_invariants:
@@ -114,7 +114,7 @@ class Engine:
         self._invariants.check(step)
 
     @torch.no_grad()
-    def eval_step(self, batches: Sequence[MicroBatch]) -> EvalResult:
+    def eval_step(self, batches: Sequence[StepBatch]) -> EvalResult:
         """Cross-entropy of one global batch, whatever loss is trained on; changes nothing."""
         self._zero.train(False)
         loss_sum = run_schedule(
@@ -159,7 +159,7 @@ class Engine:
             )
         return lr
 
-    def _count_tokens(self, batches: Sequence[MicroBatch]) -> int:
+    def _count_tokens(self, batches: Sequence[StepBatch]) -> int:
         """Unmasked tokens of the global batch; 0 on stages that read none."""
         count = sum(int(batch.loss_mask_BS.sum()) for batch in batches)
         tensor = torch.tensor(count, dtype=torch.int64, device=self._topology.device)

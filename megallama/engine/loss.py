@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from megallama.engine.step import MicroBatch
+from megallama.engine.step import StepBatch
 from megallama.host.errors import UserError
 from megallama.model.head import whole_logits
 from megallama.topology.groups import Topology
@@ -19,7 +19,7 @@ class TokenLoss(ABC):
     """A loss made of the cross-entropy of each token, which the built-in head computes without whole logits."""
 
     @abstractmethod
-    def __call__(self, losses_BS: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    def __call__(self, losses_BS: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """The loss of each token [B, S], masked ones included.
 
         Args:
@@ -35,7 +35,7 @@ class LogitsLoss(ABC):
     """
 
     @abstractmethod
-    def __call__(self, logits_BSV: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    def __call__(self, logits_BSV: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """The loss of each token [B, S], masked ones included.
 
         Args:
@@ -49,7 +49,7 @@ Loss = TokenLoss | LogitsLoss
 
 
 def token_losses(
-    loss: Loss | None, output: torch.Tensor, batch: MicroBatch, *, topology: Topology
+    loss: Loss | None, output: torch.Tensor, batch: StepBatch, *, topology: Topology
 ) -> torch.Tensor:
     """Losses of each token, in at least fp32, from what the last chunk gave: losses, or this rank's part of the logits.
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megallama.engine.loss import LogitsLoss, Loss, token_losses
-from megallama.engine.step import MicroBatch, on_device
+from megallama.engine.step import StepBatch, on_device
 from megallama.grid import micro_batch_group_size
 from megallama.model.build import Stage
 from megallama.model.packing import DocumentPacking
@@ -46,7 +46,7 @@ class ScheduledChunk(torch.nn.Module):
 
 def run_schedule(
     chunks: Sequence[ScheduledChunk],
-    batches: Sequence[MicroBatch],
+    batches: Sequence[StepBatch],
     *,
     topology: Topology,
     micro_batch_size: int,
@@ -71,7 +71,7 @@ def run_schedule(
         fp64 scalar: sum of the unmasked token losses of this rank's micro-batches; 0 before the last stage.
     """
 
-    def forward_step(data: Iterator[MicroBatch], model: ScheduledChunk) -> tuple[torch.Tensor, Any]:
+    def forward_step(data: Iterator[StepBatch], model: ScheduledChunk) -> tuple[torch.Tensor, Any]:
         batch = on_device(next(data), topology.device)
         packing = DocumentPacking(document_starts=batch.document_starts, positions_BS=batch.positions_BS)
         if not batch.tokens_BS.numel():

@@ -1,4 +1,4 @@
-"""The input and the result of a step: `MicroBatch`, `StepResult`, `EvalResult`."""
+"""The input and the result of a step: `StepBatch`, `StepResult`, `EvalResult`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 
-class MicroBatch(Protocol):
-    """Tokens of one forward pass; B micro-batch, S sequence, or this context-parallel rank's part of it.
+class StepBatch(Protocol):
+    """What the engine needs of a micro-batch. `batches.micro_batch.MicroBatch` is the framework's own.
 
+    B micro-batch, S sequence, or this context-parallel rank's part of it.
     Stages that read no tokens have empty ones, [B, 0]. It is a dataclass, and may have further fields for a loss of
     one's own: tensors among them come to the device with the others.
     """
@@ -37,7 +38,7 @@ class MicroBatch(Protocol):
         """Where documents start in each whole sequence."""
 
 
-Batch = TypeVar("Batch", bound=MicroBatch)
+Batch = TypeVar("Batch", bound=StepBatch)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -126,7 +126,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _exit_code(failures: dict[int, ProcessFailure]) -> int:
-    """What the ranks that failed amount to; those that torchrun ended because of them are not among these."""
+    """The exit code of the job, from those of the ranks that failed by themselves."""
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
     # A rank that torchrun ended because another one had failed is among these only if it was slow to end.
     codes = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes

@@ -42,14 +42,6 @@ def compare_checksums(prefix: str | Path, problems: list[str]) -> Iterator[int]:
                 )
 
 
-def checksum_problems(prefix: str | Path) -> list[str]:
-    """What `compare_checksums` finds."""
-    problems: list[str] = []
-    for _ in compare_checksums(prefix, problems):
-        pass
-    return problems
-
-
 def compared_bytes(prefix: str | Path) -> int:
     """How much `compare_checksums` reads; 0 where there is nothing to compare with."""
     if check_token_file(prefix):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megallama.config.load import expand_sweep, hydra_words, load_config, load_yaml, to_yaml
-from megallama.config.schema import Recompute, RunConfig, SourceConfig
+from megallama.config.schema import ModelConfig, Recompute, RunConfig, SourceConfig
 from megallama.host.errors import ConfigError
 from tests.config.runs import COMPLETE, small_run
 
@@ -212,6 +213,11 @@ def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
     assert "运行" in path.read_text(encoding="utf-8")
 
 
+@functools.cache
+def complete_model() -> ModelConfig:
+    return load_config([*COMPLETE, "train.run_dir=r"]).model
+
+
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: text != "???")
 
 
@@ -222,9 +228,7 @@ def test_yaml_round_trip_of_anything(name: str, path: str, rate: float, kv: int 
     config = RunConfig()
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(
-            load_config([*COMPLETE, "train.run_dir=r"]).model, name=name, num_kv_heads=kv
-        ),
+        model=dataclasses.replace(complete_model(), name=name, num_kv_heads=kv),
         train=dataclasses.replace(config.train, steps=1, run_dir=path, seq_len=1, global_batch_size=1),
         optim=dataclasses.replace(config.optim, lr=rate),
         data=dataclasses.replace(config.data, sources=[SourceConfig(path=path, weight=rate)], tokenizer=name),

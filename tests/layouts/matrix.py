@@ -21,7 +21,7 @@ from megallama.verification.layouts import Layout, legal_layouts
 from megallama.verification.report import header, name_width, row, summary
 from megallama.verification.verify import verify
 
-FURTHER = {
+DIMENSIONS = {
     "train.recompute": ["none", "full", "selective"],
     "train.micro_batch_size": [1, 2],
     "model.tie_embeddings": [False, True],
@@ -54,8 +54,8 @@ def base() -> RunConfig:
 def full_matrix(max_ranks: int = 8) -> list[Layout]:
     """Every legal layout of the axes; the further dimensions take turns, out of step with each other."""
     layouts = legal_layouts(base(), max_ranks=max_ranks)
-    turns = [itertools.cycle(_stretched(values, n)) for n, values in enumerate(FURTHER.values())]
-    rows = (dict(zip(FURTHER, values, strict=True)) for values in zip(*turns, strict=True))
+    turns = [itertools.cycle(_stretched(values, n)) for n, values in enumerate(DIMENSIONS.values())]
+    rows = (dict(zip(DIMENSIONS, values, strict=True)) for values in zip(*turns, strict=True))
     return [_with(layout, row) for layout, row in zip(layouts, rows, strict=False)]  # the rows never end
 
 
@@ -116,7 +116,7 @@ def covering() -> list[Layout]:
     """The covering set of the matrix up to 4 ranks, all combinations of the further dimensions allowed."""
     layouts = legal_layouts(base(), max_ranks=4)
     combinations = [
-        dict(zip(FURTHER, values, strict=True)) for values in itertools.product(*FURTHER.values())
+        dict(zip(DIMENSIONS, values, strict=True)) for values in itertools.product(*DIMENSIONS.values())
     ]
     return covering_set([_with(layout, further) for layout in layouts for further in combinations])
 

@@ -19,7 +19,10 @@ TP2_SP = ("parallel.tp=2", "parallel.sequence_parallel=true")
 LAYOUTS = {
     "dp2 zero3": (2, ["zero.stage=3"]),
     "cp2 ring zero2": (2, ["parallel.cp=2", "parallel.cp_kind=ring", "zero.stage=2"]),
-    "pp2 vp2 with a smaller last group": (2, [PP2, VP2, "train.micro_batch_size=1", "train.global_batch_size=7"]),
+    "pp2 vp2 with a smaller last group": (
+        2,
+        [PP2, VP2, "train.micro_batch_size=1", "train.global_batch_size=7"],
+    ),
     "tp2 sp dp2 pp2 vp2 tied zero1 offload": (8, [*TP2_SP, PP2, VP2, TIED, "zero.offload=true"]),
     "qwen tp2 recompute": (
         2,

@@ -22,10 +22,10 @@ from megallama.prepare.encoding import draw_of
 from megallama.prepare.run import prepare
 from megallama.prepare.token_writer import TokenWriter
 from megallama.tokenizers.load import Tokenizer
-from megallama.tokens.checksums import checksum_problems
 from megallama.tokens.manifest import read_manifest, shard_prefixes
 from megallama.tokens.origins import origin_of
 from megallama.tokens.token_file import TokenFile
+from tests.support.checksums import checksum_problems
 from tests.support.corpus import make_text, write_corpus
 
 FACTS = ["files.json", "prepared.json", "token-counts.npy"]

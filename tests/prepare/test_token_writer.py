@@ -20,9 +20,9 @@ from megallama.prepare.run import prepare
 from megallama.prepare.token_writer import TokenWriter, join_units
 from megallama.stream.open import open_files
 from megallama.tokenizers.interface import Tokenizer
-from megallama.tokens.checksums import checksum_problems
 from megallama.tokens.manifest import check_token_file, read_manifest, shard_prefixes
 from megallama.tokens.token_file import TokenFile
+from tests.support.checksums import checksum_problems
 
 DRAWS = st.integers(0, (1 << 20) - 1).map(lambda number: number / (1 << 20))
 """As `draw_of` gives them: multiples of a power of two, whose distances from a fraction do not round to one."""

@@ -15,9 +15,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megallama.host.errors import ConfigError, UserError
 from megallama.prepare.run import prepare
-from megallama.tokens.checksums import checksum_problems
 from megallama.tokens.manifest import check_token_file, read_manifest
 from megallama.tokens.token_file import TokenFile
+from tests.support.checksums import checksum_problems
 
 
 @pytest.fixture
