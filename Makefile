@@ -16,6 +16,9 @@ PINS := $(VENV)/constraints.txt
 # Files that tests read, out of packages that nothing imports.
 MATERIALS := $(VENV)/materials
 
+# The tests start many processes; each would compile the package again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DELETE_ON_ERROR:
 .PHONY: help setup test test-long slurm matrix lint demo docs clean
 

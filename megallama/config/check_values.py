@@ -61,6 +61,7 @@ ABOVE_ZERO = (
     "model.init_std",
     "optim.lr",
     "optim.eps",
+    "log.peak_tflops",
 )
 
 LARGEST = 2**63 - 1

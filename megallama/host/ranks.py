@@ -126,6 +126,7 @@ def _rank_main(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0 need not open one
+        TORCH_GLOO_LAZY_INIT="1",  # most pairs of ranks never speak
     )
     # The libraries that the server loaded are no garbage. DeepSpeed collects when it shards a model for ZeRO 3; to look
     # through them then takes longer than all steps of a small job.

@@ -111,10 +111,11 @@ def build_meter(
     precision: PrecisionConfig,
     world_size: int,
     device: torch.device,
+    peak_tflops: float | None = None,
 ) -> tuple[Meter, Facts]:
     """The meter of a run, and the run's facts: sizes, peak and conventions that its numbers rest on."""
     dtype = precision.dtype
-    peak = peak_of(device, dtype=dtype)
+    peak = peak_of(device, dtype=dtype, given_tflops=peak_tflops)
     flops_per_token = train_flops_per_token(model, seq_len=train.seq_len, attention=MFU_ATTENTION)
     meter = Meter(
         steps=train.steps,

@@ -11,6 +11,7 @@ from megallama.config.schema import Dtype
 from megallama.host.dtypes import FLOATS
 
 MEASURED = "measured matmul"
+GIVEN = "log.peak_tflops"
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Peak:
     tflops: float
     """Dense matrix throughput in 1e12 FLOP/s, a multiply-add being 2."""
     source: str
-    """The data sheet's device name, or "measured matmul" where no data sheet is known (and on every CPU)."""
+    """The data sheet's device name, "log.peak_tflops" where that gives it, or "measured matmul" where neither does."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ def known_peak(device_name: str, *, dtype: Dtype) -> Peak | None:
     return None
 
 
-def peak_of(device: torch.device, *, dtype: Dtype) -> Peak:
-    """The peak of `device`: from its data sheet, else measured, which takes a moment."""
+def peak_of(device: torch.device, *, dtype: Dtype, given_tflops: float | None = None) -> Peak:
+    """The peak of `device`: as given, else from its data sheet, else measured, which takes a moment."""
+    if given_tflops is not None:
+        return Peak(given_tflops, GIVEN)
     if device.type == "cuda":
         known = known_peak(torch.cuda.get_device_name(device), dtype=dtype)
         if known is not None:

@@ -199,6 +199,7 @@ def _metrics_hook(
         precision=config.precision,
         world_size=topology.world_size,
         device=topology.device,
+        peak_tflops=config.log.peak_tflops,
     )
     open_recorder = partial(
         build_recorder,

@@ -23,7 +23,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_first_gradient_is_the_same_to_fp32_rounding(name, dtype, tmp_path):
     world_size, extra = LAYOUTS[name]
-    extra = [*extra, "zero.stage=2", f"precision.dtype={dtype}", "train.steps=1"]
+    extra = [*extra, "zero.stage=2", "train.micro_batch_size=1", f"precision.dtype={dtype}", "train.steps=1"]
     often = run_job(tmp_path, world_size, *extra, run_name="often")
     seldom = run_job(tmp_path, world_size, *extra, "zero.accumulate_micro_batches=3", run_name="seldom")
     assert max(worst_relative(seldom, often)) < ROUNDING
@@ -31,7 +31,8 @@ def test_the_first_gradient_is_the_same_to_fp32_rounding(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("together", gated([2, 3, 8], gate={3}))
 def test_five_steps_equal_one_process(together, oracle, tmp_path):
-    got = run_job(tmp_path, 1, "zero.stage=2", f"zero.accumulate_micro_batches={together}")
+    words = ["zero.stage=2", "train.micro_batch_size=1", f"zero.accumulate_micro_batches={together}"]
+    got = run_job(tmp_path, 1, *words)
     assert max(worst_relative(got, oracle([]))) < ROUNDING
 
 

@@ -17,7 +17,6 @@ from megallama.config.load import load_yaml
 from megallama.host.errors import EXIT_USER_ERROR
 from tests.launch.conftest import Workplace
 from tests.launch.entry import ROOT, megallama_command, run_command, unchanged
-from tests.support.gates import gated
 from tests.support.jobs import metrics
 
 RANKS = ["--nproc-per-node=2"]
@@ -159,7 +158,8 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", gated([signal.SIGTERM, signal.SIGINT], gate=[signal.SIGTERM]))
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_ranks_save(number: signal.Signals, workplace: Workplace) -> None:
     words = [
         *workplace.arguments,

@@ -68,7 +68,11 @@ def drawn(arguments: list[str], plant: Callable[[], None] | None) -> list[list[s
 
 def broken_rules(name: str, folder: Path, plant: Callable[[], None] | None = None) -> list[str]:
     world_size, words, is_equal = LAYOUTS[name]
-    settings = ["model.hidden_dropout=0.2", f"train.global_batch_size={MICRO_BATCHES}"]
+    settings = [
+        "model.hidden_dropout=0.2",
+        "train.micro_batch_size=1",
+        f"train.global_batch_size={MICRO_BATCHES}",
+    ]
     ranks = run_ranks(world_size, partial(drawn, overrides(folder, *words, *settings), plant))
     broken = []
     for rank, steps in enumerate(ranks):

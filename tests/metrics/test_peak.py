@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megallama.config.schema import Dtype
-from megallama.metrics.peak import MEASURED, known_peak, measured_peak, peak_of
+from megallama.metrics.peak import GIVEN, MEASURED, Peak, known_peak, measured_peak, peak_of
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,7 @@ def test_cpu_is_measured(dtype: Dtype) -> None:
     peak = peak_of(torch.device("cpu"), dtype=dtype)
     assert peak.source == MEASURED
     assert 1e-5 < peak.tflops < 1e3
+    assert peak_of(torch.device("cpu"), dtype=dtype, given_tflops=3.5) == Peak(3.5, GIVEN)
 
 
 def test_measured_peak_is_what_a_product_reaches() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -53,7 +54,8 @@ def train_and_note(arguments: list[str], notes: Path) -> None:
         loader.batches = batches  # type: ignore[method-assign]
         return loader
 
-    train_config(config, data=noting_loader)
+    without_sources = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=[]))
+    train_config(without_sources, data=noting_loader)
 
 
 def run_and_note(folder: Path, world_size: int, *words: str, run_name: str) -> dict[int, list[list[int]]]:

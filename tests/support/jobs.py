@@ -35,6 +35,8 @@ SMALL = [
     "checkpoint.interval=0",
     "log.tensorboard=false",
     "log.wandb=disabled",
+    # Measuring it takes longer than the steps.
+    "log.peak_tflops=1",
 ]
 """A run of 5 steps on CPU; two layers a stage under pp=2."""
 

@@ -67,7 +67,9 @@ def trainer(engine, hooks, *, steps=3, state=None):
         engine,
         FakeLoader(),
         state=state or TrainState(),
-        run=RunView(rank=0, world_size=1, folder=Path("run"), parameters=lambda: iter(())),
+        run=RunView(
+            rank=0, world_size=1, folder=Path("run"), parameters=lambda: iter(()), save=lambda _: None
+        ),
         hooks=hooks,
         steps=steps,
         samples_per_step=4,
