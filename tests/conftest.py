@@ -25,7 +25,9 @@ def oracle(tmp_path_factory):
 
     def result(extra):
         key = tuple(
-            word for word in extra if word.startswith(("model.", "train.global", "data.", "precision."))
+            word
+            for word in extra
+            if word.startswith(("model.", "train.global", "train.micro", "data.", "precision."))
         )
         if key not in results:
             results[key] = run_job(folder, 1, *key, run_name=f"oracle{len(results)}")

@@ -442,8 +442,8 @@ class LogConfig:
     """Write the source, epoch and position in the epoch of every sample of each step to `samples.jsonl` in the run
     folder."""
     peak_tflops: float | None = None
-    """Peak matrix throughput of one device in TFLOP/s, the denominator of MFU. null: from the data sheet of a known GPU,
-    else measured at the start of the run."""
+    """Peak matrix throughput of one device in TFLOP/s, the denominator of MFU. null: that of the data sheet of a known
+    GPU, else measured at the start of the run."""
 
 
 @dataclass(frozen=True)
