@@ -1,6 +1,9 @@
 """Shared set-up of the tests."""
 
 import gc
+import itertools
+import os
+import random
 
 import pytest
 
@@ -9,6 +12,27 @@ from tests.support.jobs import run_job
 from tests.support.ranks import start_forkserver
 
 start_forkserver()
+
+ORDER_SEED = "MEGALLAMA_TEST_ORDER"
+"""Environment variable with the seed of the order of files, which all workers share; drawn where it is not set."""
+
+
+def pytest_configure():
+    """Draw the seed in the first process; workers inherit it."""
+    os.environ.setdefault(ORDER_SEED, str(random.SystemRandom().randrange(10**6)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How to run the tests in this order again."""
+    terminalreporter.write_line(f"order of files: {ORDER_SEED}={os.environ[ORDER_SEED]}")
+
+
+def pytest_collection_modifyitems(items):
+    """Files in random order, so that none comes to need another. The longest ones stay first: no worker ends late."""
+    files = [list(group) for _, group in itertools.groupby(items, key=lambda item: item.path)]
+    random.Random(int(os.environ[ORDER_SEED])).shuffle(files)
+    files.sort(key=lambda group: group[0].path.parent.name != "layouts")
+    items[:] = [item for group in files for item in group]
 
 
 def pytest_collection_finish():
