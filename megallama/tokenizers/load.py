@@ -18,6 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 import tokenizers
 from megallama.host.errors import UserError
+from megallama.tokenizers.files import TOKEN_FILES, locate_tokenizer
 from megallama.tokenizers.interface import (
     SPACE_MARK,
     PieceKind,
@@ -25,13 +26,8 @@ from megallama.tokenizers.interface import (
     no_end_token,
     read_tokenizer_file,
 )
-from megallama.tokenizers.rank_files import RANKS_SIDE_FILE, RankTokenizer, is_rank_file
+from megallama.tokenizers.rank_files import RankTokenizer, is_rank_file
 from megallama.tokenizers.word_cache import WordCache
-
-SENTENCEPIECE_FILE = "tokenizer.model"
-HUGGING_FACE_FILE = "tokenizer.json"
-SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", RANKS_SIDE_FILE)
-"""Files beside a tokenizer that belong to it."""
 
 # Only asked when no tokenizer_config.json or special_tokens_map.json stands beside tokenizer.json.
 _USUAL_END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
@@ -232,25 +228,12 @@ class HuggingFaceTokenizer(Tokenizer):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer at `path`: a sentencepiece `.model`, a `tokenizer.json`, a tiktoken rank file, or their folder.
 
-    In a folder with several, `tokenizer.json` is taken, which says more than the others.
+    In a folder with several, the one that `find_tokenizer` names is taken.
 
     Raises:
         UserError: missing, damaged, of unknown kind, or without an end-of-text token.
     """
-    place = Path(path)
-    if place.is_dir():
-        held = [place / name for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE) if (place / name).is_file()]
-        held = held or sorted(place.glob("*.tiktoken"))
-        if not held:
-            raise UserError(
-                f"tokenizer folder {place} holds neither {HUGGING_FACE_FILE} nor {SENTENCEPIECE_FILE}:"
-                " give the file itself or another folder"
-            )
-        place = held[0]
-    if not place.exists():
-        raise UserError(
-            f"tokenizer {place} does not exist: give a .model or tokenizer.json file, or their folder"
-        )
+    place = locate_tokenizer(path)
     if place.suffix == ".json":
         return HuggingFaceTokenizer(place)
     if place.suffix == ".tiktoken" or ".model" in place.suffixes:
@@ -276,7 +259,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 def _special_token(path: Path, key: str, vocabulary: dict[str, int], usual: Sequence[str]) -> int | None:
     """Id of the special token `key`: as the side files say, else the first of `usual` that exists."""
-    for name in SIDE_FILES[:2]:
+    for name in TOKEN_FILES:
         side = path.with_name(name)
         if not side.is_file():
             continue

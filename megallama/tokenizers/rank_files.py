@@ -20,10 +20,8 @@ from typing import Any
 import tiktoken
 
 from megallama.host.errors import UserError
+from megallama.tokenizers.files import RANKS_SIDE_FILE
 from megallama.tokenizers.interface import PieceKind, Tokenizer, read_tokenizer_file
-
-RANKS_SIDE_FILE = "tiktoken.json"
-"""`{"pattern", "special_tokens": {name: id}, "eos_token", "bos_token"?, "normalization"?}` beside a rank file."""
 
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
