@@ -5,8 +5,11 @@ Imports no tokenizer library: naming a file needs none.
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megallama.host.errors import UserError
 from megallama.host.files import replacing
@@ -16,7 +19,7 @@ HUGGING_FACE_FILE = "tokenizer.json"
 RANKS_SIDE_FILE = "tiktoken.json"
 """`{"pattern", "special_tokens": {name: id}, "eos_token", "bos_token"?, "normalization"?}` beside a rank file."""
 TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-"""Files beside a tokenizer that name its begin and end tokens, the first that does so first."""
+"""Files beside a tokenizer that say which tokens it begins and ends a text with; the first counts before the second."""
 SIDE_FILES = (*TOKEN_FILES, "chat_template.jinja", RANKS_SIDE_FILE)
 """Files beside a tokenizer that belong to it."""
 
@@ -53,6 +56,24 @@ def locate_tokenizer(path: str | Path) -> Path:
             f"tokenizer {place} does not exist: give a .model or tokenizer.json file, or their folder"
         )
     return place
+
+
+def said_beside(file: Path, key: str) -> Iterator[tuple[Path, Any]]:
+    """What the files of `TOKEN_FILES` beside the tokenizer `file` say of `key`, each with its place.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    for name in TOKEN_FILES:
+        side = file.with_name(name)
+        if not side.is_file():
+            continue
+        try:
+            content: Any = json.loads(side.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{side} cannot be read ({error}): correct or remove it") from error
+        if isinstance(content, dict) and content.get(key) is not None:
+            yield side, content[key]
 
 
 def copy_tokenizer(path: str | Path, folder: Path) -> Path:

@@ -6,19 +6,18 @@ Imports no torch: preparation workers and the login node load it in a moment.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 import tokenizers
 from megallama.host.errors import UserError
-from megallama.tokenizers.files import TOKEN_FILES, locate_tokenizer
+from megallama.tokenizers.begin import is_begin_asked_beside
+from megallama.tokenizers.files import locate_tokenizer, said_beside
 from megallama.tokenizers.interface import (
     SPACE_MARK,
     PieceKind,
@@ -57,6 +56,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise no_end_token(path, "train it with an end-of-text piece (eos_id)")
         self.eod_id = int(self._processor.eos_id())
         self.bos_id = int(self._processor.bos_id()) if self._processor.bos_id() >= 0 else None
+        self.begins_texts = is_begin_asked_beside(path)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
@@ -161,6 +161,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise no_end_token(path, "put a tokenizer_config.json with its eos_token beside it")
         self.eod_id = end
         self.bos_id = _special_token(path, "bos_token", vocabulary, _USUAL_BEGIN_TOKENS)
+        self.begins_texts = self._is_begin_asked()
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._is_byte_level = '"ByteLevel"' in self._tokenizer.to_str().split('"model"')[0]
 
@@ -224,6 +225,15 @@ class HuggingFaceTokenizer(Tokenizer):
                 return ids[len(before) :]
         return self.encode(text)
 
+    def _is_begin_asked(self) -> bool:
+        # As transformers 5.23: a post-processor decides, and add_bos_token only where there is none.
+        if self._tokenizer.post_processor is None:
+            return is_begin_asked_beside(self.path)
+        plain, dressed = (
+            self._tokenizer.encode("a", add_special_tokens=is_on).ids for is_on in (False, True)
+        )
+        return dressed != plain and dressed[:1] == [self.bos_id]
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer at `path`: a sentencepiece `.model`, a `tokenizer.json`, a tiktoken rank file, or their folder.
@@ -259,15 +269,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 def _special_token(path: Path, key: str, vocabulary: dict[str, int], usual: Sequence[str]) -> int | None:
     """Id of the special token `key`: as the side files say, else the first of `usual` that exists."""
-    for name in TOKEN_FILES:
-        side = path.with_name(name)
-        if not side.is_file():
-            continue
-        try:
-            content: Any = json.loads(side.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{side} cannot be read ({error}): correct or remove it") from error
-        named = content.get(key) if isinstance(content, dict) else None
+    for side, named in said_beside(path, key):
         if isinstance(named, dict):
             named = named.get("content")
         if isinstance(named, str):

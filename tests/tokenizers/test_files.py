@@ -11,6 +11,7 @@ import pytest
 
 import tokenizers
 from megallama.host.errors import UserError
+from megallama.tokenizers.begin import begin_token
 from megallama.tokenizers.files import copy_tokenizer, find_tokenizer
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
 from megallama.trainer.run_folder import RunFolder
@@ -107,6 +108,39 @@ def test_the_run_folder_holds_the_tokenizer_that_was_loaded(
     # A run that is given its own copy keeps it.
     run.write_start(config_yaml="", tokenizer=run.tokenizer_folder)
     assert facts(load_tokenizer(run.tokenizer_folder)) == wanted
+
+
+def test_a_begin_token_stands_where_the_files_say_so(tmp_path: Path, tokenizer_path: Path) -> None:
+    bare = load_tokenizer(_model(tmp_path, tokenizer_path))
+    assert begin_token(bare) is begin_token(bare, "never") is None and begin_token(bare, "always") == 1
+    side = tmp_path / "tokenizer_config.json"
+    for says, wanted in ((True, 1), (False, None)):
+        side.write_text(json.dumps({"add_bos_token": says}), encoding="utf-8")
+        assert begin_token(load_tokenizer(bare.path)) == wanted
+        assert begin_token(load_tokenizer(bare.path), "never") is None
+    # A tokenizer.json says it itself; what it says goes before the file beside it, as in transformers.
+    settings = {"add_bos_token": True, "bos_token": "<|begin|>"}
+    side.write_text(json.dumps(settings), encoding="utf-8")
+    path = save_hugging_face(tmp_path / "tokenizer.json")
+    assert begin_token(load_tokenizer(path)) == 0
+    made = tokenizers.Tokenizer.from_file(str(path))
+    for template, wanted in (("$A <|endoftext|>", None), ("<|begin|> $A", 0)):
+        special = [("<|begin|>", 0), ("<|endoftext|>", 1)]
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
+        made.save(str(path))
+        side.write_text(json.dumps({**settings, "add_bos_token": wanted is None}), encoding="utf-8")
+        assert begin_token(load_tokenizer(path)) == wanted
+    ranks = tmp_path / "ranks"
+    ranks.mkdir()
+    loaded = load_tokenizer(_ranks(ranks, tokenizer_path))
+    assert begin_token(loaded) is None
+    with pytest.raises(UserError, match="mine.tiktoken has no begin-of-text token: use never"):
+        begin_token(loaded, "always")
+    describe(ranks / "mine.tiktoken", special_tokens={"<|始|>": 299, "<|完|>": 300}, bos_token="<|始|>")
+    (ranks / "tokenizer_config.json").write_text('{"add_bos_token": true}', encoding="utf-8")
+    assert begin_token(load_tokenizer(ranks)) == 299
 
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
