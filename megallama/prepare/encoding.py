@@ -36,7 +36,7 @@ from megallama.corpus.script import likely_language
 from megallama.corpus.script_counts import count_characters
 from megallama.host.errors import UserError
 from megallama.host.files import replacing
-from megallama.tokenizers.interface import Tokenizer
+from megallama.tokenizers.interface import SPACE_MARK, Tokenizer
 
 UNIT_BYTES = 4 << 20
 MAX_UNITS = 1 << 16
@@ -83,6 +83,8 @@ class UnitSummary:
     """Their UTF-8."""
     damaged: list[Damage] = field(default_factory=list)
     """Records that gave no document."""
+    marked_documents: int = 0
+    """Documents in which U+2581 stands, which this tokenizer takes for a space."""
 
 
 def draw_of(key: str, *, seed: int) -> float:
@@ -115,7 +117,7 @@ def plan_units(
         total = sum(file.num_bytes for file in files)
         while total // unit_bytes > MAX_UNITS and unit_bytes < MAX_UNIT_BYTES:
             unit_bytes *= 2
-    settings = repr((2, asdict(reading), seed, tokenizer_sha256))
+    settings = repr((3, asdict(reading), seed, tokenizer_sha256))
     group: list[Stretch] = []
     size = 0
     for stretch in cut_stretches(files, reading=reading, stretch_bytes=unit_bytes):
@@ -151,6 +153,7 @@ def encode_unit(
     language_documents: Counter[str] = Counter()
     language_bytes: Counter[str] = Counter()
     dtype = token_type(tokenizer.vocab_size)
+    keeps_mark = tokenizer.decode(tokenizer.encode(SPACE_MARK)) == SPACE_MARK
     path.parent.mkdir(exist_ok=True)
     with (
         replacing(path, has_rivals=True) as stream,
@@ -167,6 +170,8 @@ def encode_unit(
             table.write(rows.tobytes())
             summary.documents += len(batch)
             summary.tokens += int(rows["length"].sum())
+            if not keeps_mark:
+                summary.marked_documents += sum(SPACE_MARK in text for text in texts)
             for text in texts:
                 characters = count_characters(text)
                 scripts.update(characters)
@@ -272,8 +277,8 @@ def _unit(stretches: Sequence[Stretch], settings: str) -> Unit:
     digest = hashlib.blake2b(settings.encode("utf-8", "surrogateescape"), digest_size=16)
     for stretch in stretches:
         file = stretch.file
-        place = (file.relative, file.path, file.num_bytes, file.modified_ns, stretch.start, stretch.end)
-        digest.update(repr(place).encode("utf-8", "surrogateescape"))
+        state = (file.relative, file.path, file.num_bytes, file.modified_ns, file.is_text)
+        digest.update(repr((*state, stretch.start, stretch.end)).encode("utf-8", "surrogateescape"))
     return Unit(stretches=tuple(stretches), key=digest.hexdigest())
 
 

@@ -7,6 +7,7 @@ import io
 import random
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,6 +22,7 @@ from megallama.corpus.corpus import (
     expand_inputs,
     stream_documents,
 )
+from megallama.corpus.inputs import describe_passed_over
 from megallama.host.errors import UserError
 from megallama.host.files import write_whole
 from megallama.tokenizers.files import SENTENCEPIECE_FILE
@@ -82,7 +84,8 @@ def train_tokenizer(
         )
     folder = Path(output)
     check_model_output(folder, overwrite=overwrite)
-    files = expand_inputs(inputs, suffixes=suffixes)
+    passed_over: Counter[str] = Counter()
+    files = expand_inputs(inputs, suffixes=suffixes, text_field=text_field, passed_over=passed_over)
     reading = Reading(documents=documents, text_field=text_field, separator=separator)
     lines = sample_lines(_texts(files, reading, progress), seed=seed, sample_bytes=sample_bytes)
     if not lines:
@@ -92,6 +95,7 @@ def train_tokenizer(
         announce(
             f"training {model_type} of {vocab_size:,} ids on {len(lines):,} lines ({size / 1e6:.1f} MB) of"
             f" {len(files):,} files: minutes for some hundred MB, in silence"
+            + (f" (not read: {describe_passed_over(passed_over)})" if passed_over else "")
         )
     model = io.BytesIO()
     try:
@@ -155,7 +159,7 @@ def _texts(
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:
     for text in texts:
-        for line in text.split("\n"):
+        for line in text.split("\n" if "\n" in text else "\r"):
             # NUL ends a string inside the trainer; it is still encoded, as a byte.
             line = line.rstrip("\r").replace("\0", " ")
             if not line.strip():

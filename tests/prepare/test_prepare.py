@@ -193,6 +193,14 @@ def test_draws_are_even_and_keyed() -> None:
         ({"inputs": ["empty.txt"]}, "corpus is empty"),
         ({"inputs": ["blank.jsonl"]}, "corpus is empty"),
         ({"inputs": ["one.txt", "bad.txt"]}, "bad.txt is not UTF-8"),
+        (
+            {"inputs": ["bad.txt"], "max_damaged": 9},
+            r"no document is left .*damaged \(1 of them.*bad.txt is not UTF",
+        ),
+        (
+            {"inputs": ["one.txt", "bad.txt"], "max_damaged": 9, "validation_fraction": 0.1},
+            "only one document is left .*bad.txt is not UTF-8",
+        ),
         ({"inputs": ["one.txt", "bad.txt"], "workers": 2}, "bad.txt is not UTF-8"),
         ({"output": "one.txt"}, "is a file"),
     ],

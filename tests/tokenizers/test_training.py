@@ -77,6 +77,8 @@ def test_long_lines_are_cut_not_dropped() -> None:
     line = CHINESE * 1000
     sample = sample_lines(iter([line]), seed=0, sample_bytes=10**9)
     assert "".join(sample) == line and max(map(len, sample)) <= 4096
+    # Old Macs end lines with CR alone; where there is LF, a CR inside a line stays there.
+    assert sample_lines(iter(["一\r二\r\r", "c\rd\r\n"]), seed=0, sample_bytes=99) == ["一", "二", "c\rd"]
 
 
 @pytest.mark.parametrize(
