@@ -162,7 +162,7 @@ def encode_unit(
         for batch in _batches(unit, reading=reading, damaged=summary.damaged, max_damaged=max_damaged):
             texts = [document.text for _, document in batch]
             rows = np.empty(len(batch), dtype=_DOCUMENT)
-            for index, ids in enumerate(tokenizer.encode_batch(texts)):
+            for index, ids in enumerate(_encode_batch(batch, unit, tokenizer)):
                 ids.append(tokenizer.eod_id)
                 stream.write(np.array(ids, dtype=dtype).tobytes())
                 number, document = batch[index]
@@ -271,6 +271,38 @@ def too_much_damage(damaged: Sequence[Damage], *, count: int, max_damaged: int) 
         f"{count} damaged records, more than --max-damaged ({max_damaged}), the last one: {damaged[-1].problem};"
         " repair them, or raise --max-damaged to leave them out"
     )
+
+
+def _encode_batch(batch: Sequence[tuple[int, Document]], unit: Unit, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each document; where the tokenizer fails, whatever it raises, its document is named."""
+    try:
+        return tokenizer.encode_batch([document.text for _, document in batch])
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+    for number, document in batch:
+        try:
+            tokenizer.encode(document.text)
+        except BaseException as error:
+            if not _is_failure(error):
+                raise
+            file = unit.stretches[number].file
+            unit_of_place = "row" if file.is_parquet else "byte"
+            place = f" (the one at {unit_of_place} {document.place})" if document.place >= 0 else ""
+            raise UserError(
+                f"file {file.path} has a document{place} that the tokenizer {tokenizer.path} cannot encode"
+                f" ({str(error)[:200] or type(error).__name__}): shorten, mend or leave out that document"
+            ) from error
+    raise UserError(
+        f"the tokenizer {tokenizer.path} fails on {len(batch)} documents together, from"
+        f" {unit.stretches[batch[0][0]].file.path} on, but on none alone: run the same command again"
+    )
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether a tokenizer failed; what libraries in Rust raise for a fault of their own is no Exception."""
+    panicked = type(error).__name__ == "PanicException"
+    return panicked or (isinstance(error, Exception) and not isinstance(error, MemoryError))
 
 
 def _unit(stretches: Sequence[Stretch], settings: str) -> Unit:
