@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
     prepare = commands.add_parser(
         "prepare",
         help="tokenize text into datasets to train on",
-        description="Tokenizes .txt, .jsonl, .parquet, and .gz and .zst of these. Killed or stopped by an error, the"
+        description="Tokenizes text, JSON lines and Parquet. Killed or stopped by an error, the"
         " same command goes on where it was.",
     )
     add_corpus_options(prepare)
@@ -80,6 +80,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _show(report: PrepareReport) -> None:
+    from megallama.corpus.inputs import describe_passed_over
+
     print(f"{report.source_files} files, {report.source_bytes / 1e6:.1f} MB")
     if report.was_complete:
         print("  an earlier attempt was interrupted at its very end: its files have their names now")
@@ -97,6 +99,13 @@ def _show(report: PrepareReport) -> None:
                 for name, count in source.language_bytes.most_common()
             ]
             print(f"    likely languages: {', '.join(languages)}")
+        if source.marked_documents:
+            print(
+                f"    {source.marked_documents:,} documents hold U+2581, which this tokenizer takes for a space"
+            )
+    if report.passed_over:
+        total = report.passed_over.total()
+        print(f"  not read: {total:,} ({describe_passed_over(report.passed_over)})")
     if report.damaged:
         print(f"  {len(report.damaged):,} damaged records left out: see damaged.jsonl")
     for split in (report.train, report.validation):

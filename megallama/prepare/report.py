@@ -52,6 +52,8 @@ class SourceReport:
     """Their UTF-8."""
     damaged: int = 0
     """Records that gave no document."""
+    marked_documents: int = 0
+    """Documents in which U+2581 stands, which becomes a space."""
 
     def add(self, summary: UnitSummary) -> None:
         """Count a unit."""
@@ -62,6 +64,7 @@ class SourceReport:
         self.language_documents.update(summary.language_documents)
         self.language_bytes.update(summary.language_bytes)
         self.damaged += len(summary.damaged)
+        self.marked_documents += summary.marked_documents
 
     @property
     def script_shares(self) -> dict[str, float]:
@@ -84,6 +87,8 @@ class PrepareReport:
     tokenizer: Tokenizer
     damaged: tuple[Damage, ...]
     """Records that gave no document."""
+    passed_over: Counter[str]
+    """Files below the inputs that were not read, by reason."""
     resumed_bytes: int
     """Bytes of the corpus that an earlier attempt had done."""
     was_complete: bool = False
@@ -107,6 +112,7 @@ def build_report(
     sources: Iterable[SourceReport],
     tokenizer: Tokenizer,
     damaged: Iterable[Damage],
+    passed_over: Mapping[str, int],
     resumed_bytes: int,
     was_complete: bool = False,
 ) -> PrepareReport:
@@ -127,6 +133,7 @@ def build_report(
         sources=tuple(sources),
         tokenizer=tokenizer,
         damaged=tuple(damaged),
+        passed_over=Counter(passed_over),
         resumed_bytes=resumed_bytes,
         was_complete=was_complete,
     )
@@ -157,9 +164,11 @@ def write_report(work: WorkFolder, report: PrepareReport, counts: npt.NDArray[np
                     for language, count in sorted(source.language_documents.items())
                 },
                 "damaged_records": source.damaged,
+                "documents_with_u2581": source.marked_documents,
             }
             for source in report.sources
         ],
+        "files_passed_over": dict(sorted(report.passed_over.items())),
         "token_ids_used": int(np.count_nonzero(counts)),
         "token_ids": int(counts.size),
     }
@@ -190,6 +199,7 @@ def read_report(folder: Path, *, tokenizer: Tokenizer) -> PrepareReport:
             language_documents=Counter({name: n["documents"] for name, n in source["languages"].items()}),
             language_bytes=Counter({name: n["text_bytes"] for name, n in source["languages"].items()}),
             damaged=source["damaged_records"],
+            marked_documents=source["documents_with_u2581"],
         )
         for source in content["sources"]
     ]
@@ -203,6 +213,7 @@ def read_report(folder: Path, *, tokenizer: Tokenizer) -> PrepareReport:
         sources=sources,
         tokenizer=tokenizer,
         damaged=damaged,
+        passed_over=content["files_passed_over"],
         resumed_bytes=sum(source.bytes for source in sources),
         was_complete=True,
     )

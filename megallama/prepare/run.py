@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -74,14 +75,16 @@ def prepare(
         if published is None:
             check_output(folder, overwrite=overwrite)
         loaded = load_tokenizer(tokenizer)
+        passed_over: Counter[str] = Counter()
         job = _Job(
-            files=expand_inputs(inputs, suffixes=suffixes),
+            files=expand_inputs(inputs, suffixes=suffixes, text_field=text_field, passed_over=passed_over),
             tokenizer=loaded,
             reading=reading,
             seed=seed,
             unit_bytes=unit_bytes,
             validation_fraction=validation_fraction,
             shard_tokens=shard_tokens,
+            passed_over=passed_over,
         )
         if published is not None:
             if published == job.key:
@@ -104,6 +107,8 @@ class _Job:
     unit_bytes: int | None
     validation_fraction: float
     shard_tokens: int | None
+    passed_over: Counter[str]
+    """Files below the inputs that are not read, by reason."""
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -151,7 +156,7 @@ def _prepare(
         _tokenize(units, task, tally, tokenizer=tokenizer, workers=workers, progress=progress)
         if tally.documents < (2 if job.validation_fraction else 1):
             work.remove()  # nothing worth keeping
-            raise _one_document() if tally.documents else empty_corpus(job.files)
+            raise _too_few_documents(job, tally)
         manifests, counts = join_units(
             [unit_path(work.units, unit.key) for unit in units],
             work.start_finishing(),
@@ -166,6 +171,7 @@ def _prepare(
             sources=tally.sources.values(),
             tokenizer=tokenizer,
             damaged=tally.damaged,
+            passed_over=job.passed_over,
             resumed_bytes=tally.resumed_bytes,
         )
         write_report(work, report, counts)
@@ -193,7 +199,15 @@ def _check_numbers(
         )
 
 
-def _one_document() -> UserError:
+def _too_few_documents(job: _Job, tally: _Tally) -> UserError:
+    if tally.damaged:
+        found = "no document is" if not tally.documents else "only one document is"
+        return UserError(
+            f"{found} left of the corpus, the other records are damaged ({len(tally.damaged):,} of them), the first:"
+            f" {tally.damaged[0].problem}"
+        )
+    if not tally.documents:
+        return empty_corpus(job.files)
     return UserError(
         "the corpus is one document, which cannot be split: give --validation-fraction 0, more"
         " files, or --documents blank_line to cut text files at blank lines"

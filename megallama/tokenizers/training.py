@@ -7,6 +7,7 @@ import io
 import random
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,10 +22,11 @@ from megallama.corpus.corpus import (
     expand_inputs,
     stream_documents,
 )
+from megallama.corpus.inputs import describe_passed_over
 from megallama.host.errors import UserError
 from megallama.host.files import write_whole
+from megallama.tokenizers.files import SENTENCEPIECE_FILE
 from megallama.tokenizers.interface import SPACE_MARK
-from megallama.tokenizers.load import SENTENCEPIECE_FILE
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -75,14 +77,15 @@ def train_tokenizer(
     """
     reserved = len(user_symbols) + (_BYTE_AND_CONTROL_PIECES if byte_fallback else 3)
     _check_arguments(vocab_size, model_type, character_coverage, sample_bytes, reserved)
-    _check_symbols(user_symbols)
     if normalization not in get_args(Normalization):
         raise UserError(
             f"normalization ({normalization!r}) is unknown: use {', '.join(get_args(Normalization))}"
         )
+    _check_symbols(user_symbols, normalization)
     folder = Path(output)
     check_model_output(folder, overwrite=overwrite)
-    files = expand_inputs(inputs, suffixes=suffixes)
+    passed_over: Counter[str] = Counter()
+    files = expand_inputs(inputs, suffixes=suffixes, text_field=text_field, passed_over=passed_over)
     reading = Reading(documents=documents, text_field=text_field, separator=separator)
     lines = sample_lines(_texts(files, reading, progress), seed=seed, sample_bytes=sample_bytes)
     if not lines:
@@ -92,6 +95,7 @@ def train_tokenizer(
         announce(
             f"training {model_type} of {vocab_size:,} ids on {len(lines):,} lines ({size / 1e6:.1f} MB) of"
             f" {len(files):,} files: minutes for some hundred MB, in silence"
+            + (f" (not read: {describe_passed_over(passed_over)})" if passed_over else "")
         )
     model = io.BytesIO()
     try:
@@ -104,7 +108,8 @@ def train_tokenizer(
             split_digits=split_digits,
             normalization_rule_name=normalization,
             byte_fallback=byte_fallback,
-            user_defined_symbols=list(user_symbols),
+            # As the text has them when pieces are searched for in it.
+            user_defined_symbols=[symbol.replace(" ", SPACE_MARK) for symbol in user_symbols],
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,  # indentation is worth pieces of its own
@@ -155,7 +160,7 @@ def _texts(
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:
     for text in texts:
-        for line in text.split("\n"):
+        for line in text.split("\n" if "\n" in text else "\r"):
             # NUL ends a string inside the trainer; it is still encoded, as a byte.
             line = line.rstrip("\r").replace("\0", " ")
             if not line.strip():
@@ -180,12 +185,25 @@ def _check_arguments(
         raise UserError(f"sample_bytes ({sample_bytes}) must be at least 1: use some megabytes")
 
 
-def _check_symbols(symbols: Sequence[str]) -> None:
+def _check_symbols(symbols: Sequence[str], normalization: Normalization) -> None:
+    normalizer = sentencepiece.SentencePieceNormalizer(
+        rule_name=normalization,
+        add_dummy_prefix=False,
+        escape_whitespaces=False,
+        remove_extra_whitespaces=False,
+    )
     for number, symbol in enumerate(symbols):
         if not symbol.strip() or "\0" in symbol or SPACE_MARK in symbol or symbol in ("<unk>", "<s>", "</s>"):
             raise UserError(f"user symbol ({symbol!r}) cannot be a token: leave it out")
         if symbol in symbols[:number]:
             raise UserError(f"user symbol ({symbol!r}) is given twice: leave one out")
+        # Symbols are searched for before normalization, but those with a space, which is a mark then, after it.
+        normal = normalizer.normalize(symbol)
+        if " " in symbol and normal != symbol:
+            raise UserError(
+                f"user symbol ({symbol!r}) has a space and becomes {normal!r} under normalization {normalization}, so"
+                " it would never be found: write it without what changes, or use --normalization identity"
+            )
 
 
 def _training_failed(text: str, vocab_size: int) -> UserError:

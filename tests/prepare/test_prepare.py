@@ -193,6 +193,14 @@ def test_draws_are_even_and_keyed() -> None:
         ({"inputs": ["empty.txt"]}, "corpus is empty"),
         ({"inputs": ["blank.jsonl"]}, "corpus is empty"),
         ({"inputs": ["one.txt", "bad.txt"]}, "bad.txt is not UTF-8"),
+        (
+            {"inputs": ["bad.txt"], "max_damaged": 9},
+            r"no document is left .*damaged \(1 of them.*bad.txt is not UTF",
+        ),
+        (
+            {"inputs": ["one.txt", "bad.txt"], "max_damaged": 9, "validation_fraction": 0.1},
+            "only one document is left .*bad.txt is not UTF-8",
+        ),
         ({"inputs": ["one.txt", "bad.txt"], "workers": 2}, "bad.txt is not UTF-8"),
         ({"output": "one.txt"}, "is a file"),
     ],
@@ -225,6 +233,38 @@ def test_a_refused_preparation_writes_nothing(
     assert [name for name in names(tmp_path) if name != "new"] == before
     # Only what saves work next time is kept.
     assert not Path("new/out").exists() or next(Path("new/out/.preparing/units").rglob("*/*"))
+
+
+class Panic(BaseException):
+    """As pyo3 raises it: no Exception, so that programs end."""
+
+
+Panic.__name__ = "PanicException"
+
+
+@pytest.mark.parametrize("error", [Panic("called `Result::unwrap()`"), RuntimeError("full")], ids=repr)
+def test_a_tokenizer_that_fails_names_the_document(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "一"}\n{"text": "poison"}\n{"text": "二"}\n', encoding="utf-8")
+    (tmp_path / "b.txt").write_text("poison", encoding="utf-8")
+    encode = type(tokenizer).encode
+
+    def fail(self: Tokenizer, text: str) -> list[int]:
+        if "poison" in text:
+            raise error
+        return encode(self, text)
+
+    monkeypatch.setattr(type(tokenizer), "encode", fail)
+    monkeypatch.setattr(type(tokenizer), "encode_batch", lambda self, texts: [fail(self, t) for t in texts])
+    for name, place in (("a.jsonl", r" \(the one at byte 16\)"), ("b.txt", "")):
+        message = (
+            rf"file .*{name} has a document{place} that the tokenizer .*tokenizer.model cannot encode \("
+        )
+        with pytest.raises(UserError, match=message):
+            prepare([tmp_path / name], tmp_path / "out", tokenizer=tokenizer.path, workers=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_existing_data_is_kept_unless_told_otherwise(

@@ -77,6 +77,8 @@ def test_long_lines_are_cut_not_dropped() -> None:
     line = CHINESE * 1000
     sample = sample_lines(iter([line]), seed=0, sample_bytes=10**9)
     assert "".join(sample) == line and max(map(len, sample)) <= 4096
+    # Old Macs end lines with CR alone; where there is LF, a CR inside a line stays there.
+    assert sample_lines(iter(["一\r二\r\r", "c\rd\r\n"]), seed=0, sample_bytes=99) == ["一", "二", "c\rd"]
 
 
 @pytest.mark.parametrize(
@@ -100,9 +102,14 @@ def test_impossible_settings_say_what_to_change(
 
 
 def test_user_symbols_are_one_token_wherever_they_stand(corpus: Path, tmp_path: Path) -> None:
-    symbols = ["<|用户|>", "##"]
+    symbols = ["<|用户|>", "##", "<end of turn>", " 轮  次", 'a,"b']
     path = train_tokenizer([corpus], tmp_path, vocab_size=390, user_symbols=symbols)
     loaded = load_tokenizer(path)
+    for symbol in symbols:
+        for text in (symbol, f"模型{symbol}x", f"a {symbol} {symbol}"):
+            ids = loaded.encode(text)
+            assert loaded.decode(ids) == text and loaded.encode_batch([text]) == [ids]
+            assert [loaded.surface(i).decode() for i in ids].count(symbol) == text.count(symbol)
     labels = [loaded.label(i) for i in loaded.encode("a##中<|用户|>模型")]
     assert [label for label in labels if label in symbols] == ["##", "<|用户|>"]
     assert {loaded.kind(i) for i in loaded.encode("##")} == {PieceKind.user}
@@ -112,6 +119,10 @@ def test_user_symbols_are_one_token_wherever_they_stand(corpus: Path, tmp_path: 
 def test_symbols_that_cannot_be_tokens_are_refused(corpus: Path, tmp_path: Path, symbol: str) -> None:
     with pytest.raises(UserError, match="user symbol"):
         train_tokenizer([corpus], tmp_path / "out", vocab_size=390, user_symbols=[symbol])
+    with pytest.raises(UserError, match="would never be found: write it without what changes"):
+        train_tokenizer(
+            [corpus], tmp_path / "out", vocab_size=390, normalization="nfkc", user_symbols=["问 １"]
+        )
     with pytest.raises(UserError, match="given twice"):
         train_tokenizer([corpus], tmp_path / "out", vocab_size=390, user_symbols=["甲", "甲"])
 
