@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,6 +27,7 @@ from megallama.huggingface.model_folder import (
     TOKENIZER_FILES,
     copy_files,
     new_folder,
+    write_json,
 )
 from megallama.huggingface.names import Made, canonical_tensors, hugging_face_tensors
 from megallama.huggingface.safetensors_folder import TensorToWrite, read_json, write_safetensors
@@ -88,13 +88,13 @@ def export_model(
             config = hugging_face_config(model, dtype=named, bos_id=bos_id, eos_id=eos_id)
         else:
             config = _with_format(original, named)
-        _write_json(folder / CONFIG_FILE, config)
+        write_json(folder / CONFIG_FILE, config)
         if not copy_files(kept, folder, (GENERATION_FILE,)):
             generation = {
                 "bos_token_id": config.get("bos_token_id"),
                 "eos_token_id": config.get("eos_token_id"),
             }
-            _write_json(folder / GENERATION_FILE, {k: v for k, v in generation.items() if v is not None})
+            write_json(folder / GENERATION_FILE, {k: v for k, v in generation.items() if v is not None})
         files = write_safetensors(folder, tensors, dtype=chosen, max_shard_bytes=max_shard_bytes)
     return files
 
@@ -175,7 +175,3 @@ def _blocks(reader: CheckpointReader, made: Made) -> Iterator[torch.Tensor]:
 def _with_format(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     key = "dtype" if "dtype" in config else "torch_dtype"
     return {**config, key: dtype}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.checkpoint.format.model_identity import model_identity
@@ -15,17 +16,24 @@ from megallama.huggingface.config import model_from_hugging_face
 from megallama.huggingface.model_folder import (
     CONFIG_FILE,
     GENERATION_FILE,
+    IGNORED_FILE,
     KEPT_FOLDER,
     TOKENIZER_FILES,
     copy_files,
     new_folder,
+    write_json,
 )
 from megallama.huggingface.safetensors_folder import read_json
 from megallama.huggingface.weights import HuggingFaceWeights, row_blocks
 
 
 def import_model(
-    source: Path, output: Path, *, name: str | None = None, vocab_multiple: int = 128
+    source: Path,
+    output: Path,
+    *,
+    name: str | None = None,
+    vocab_multiple: int = 128,
+    ignore_keys: Sequence[str] = (),
 ) -> ModelConfig:
     """Make `output` from the model folder `source`: a weights-only checkpoint, its shape and its tokenizer.
 
@@ -38,6 +46,7 @@ def import_model(
         output: Folder to make.
         name: Name of the shape; that of the output folder if not given.
         vocab_multiple: The embedding is padded to a multiple of this, with zeros.
+        ignore_keys: Keys of config.json that are unknown here and change nothing in what the model computes.
 
     Raises:
         UserError: unknown or unsupported keys, tensors missing, too many or of another shape, damaged files, another
@@ -52,7 +61,11 @@ def import_model(
         )
     config = read_json(source / CONFIG_FILE)
     model = model_from_hugging_face(
-        config, name=name, vocab_multiple=vocab_multiple, origin=str(source / CONFIG_FILE)
+        config,
+        name=name,
+        vocab_multiple=vocab_multiple,
+        origin=str(source / CONFIG_FILE),
+        ignored=ignore_keys,
     )
     if is_shipped_otherwise(name, model):
         raise UserError(
@@ -75,6 +88,8 @@ def import_model(
             text = model_to_yaml(model)
             (folder / "conf" / "model" / f"{name}.yaml").write_text(text, encoding="utf-8")
             copy_files(source, folder / KEPT_FOLDER, (CONFIG_FILE, GENERATION_FILE))
+            if ignore_keys:
+                write_json(folder / KEPT_FOLDER / IGNORED_FILE, list(ignore_keys))
             copy_files(source, folder / "tokenizer", TOKENIZER_FILES)
     return model
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megallama.checkpoint.format.disk import writing
 from megallama.host.errors import UserError
@@ -16,6 +18,9 @@ from megallama.host.files import fsync_folder
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 KEPT_FOLDER = "huggingface"
 """Where an imported model keeps `config.json` and `generation_config.json` as they were."""
+
+IGNORED_FILE = "ignored_keys.json"
+"""Keys of that `config.json` that the user accepted by name when it was imported."""
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
@@ -55,3 +60,8 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
         target.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
     return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as people read it."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

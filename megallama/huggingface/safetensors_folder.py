@@ -37,19 +37,25 @@ class SafetensorsFolder:
 
     Headers and the sizes of the files are checked at once; of the data only what is asked for is read.
 
+    Args:
+        folder: The folder.
+        may_lack: Which tensors the index may name without any file that holds them.
+
     Raises:
         UserError: no safetensors files, a file missing or damaged, or a format other than fp32, fp16, bf16.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, may_lack: Callable[[str], bool] = lambda name: False) -> None:
         self.folder = folder
         self.shapes: dict[str, Ints] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
         try:
-            for file, names in _files_of(folder).items():
-                self._open(file, names)
+            for file, listed in _files_of(folder).items():
+                needed = [name for name in listed if not may_lack(name)]
+                if needed or not listed or (folder / file).is_file():
+                    self._open(file, needed)
         except BaseException:
             self.close()
             raise
