@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from megallama.checkpoint.offline.writer import CheckpointWriter
 from megallama.grid import padded_vocab_size
 from megallama.host.errors import UserError
 from megallama.model.build import EMBEDDING, OUTPUT
+from megallama.tokenizers.files import copy_tokenizer
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
 from megallama.trainer.run_folder import RunFolder
 
@@ -200,11 +200,8 @@ def _seed(seed: int, name: str, column: int) -> int:
 
 def _copy_tokenizer(tokenizer: Tokenizer, target: RunFolder) -> Path:
     try:
-        target.copy_tokenizer(tokenizer.path)
-    except (OSError, shutil.Error) as error:
+        return copy_tokenizer(tokenizer.path, target.tokenizer_folder)
+    except OSError as error:
         raise UserError(
             f"tokenizer cannot be copied to {target.tokenizer_folder} ({error}): copy it"
         ) from error
-    copied = target.tokenizer_file()
-    assert copied is not None
-    return copied

@@ -28,9 +28,10 @@ from megallama.config.schema import (
 from megallama.host.errors import UserError
 from megallama.host.launch import read_launch_environment
 from megallama.model.build import Stage, build_model
+from megallama.tokenizers.files import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
 from megallama.topology.connect import connect
-from megallama.trainer.run_folder import TOKENIZER_NAMES, RunFolder
+from megallama.trainer.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def open_run(run_dir: Path) -> Iterator[tuple[RunConfig, Stage, Tokenizer]]:
         remedy = (
             "set data.tokenizer in the run and continue it"
             if is_run
-            else f"copy the model's {' or '.join(TOKENIZER_NAMES)} to {folder.tokenizer_folder}"
+            else f"copy the model's {SENTENCEPIECE_FILE} or {HUGGING_FACE_FILE} to {folder.tokenizer_folder}"
         )
         raise UserError(f"{run_dir} holds no tokenizer: {remedy}")
     tokenizer = load_tokenizer(tokenizer_file)

@@ -35,6 +35,10 @@ class ManifestLike(Protocol):
     def tokenizer_sha256(self) -> str:
         """Checksum of its file."""
 
+    @property
+    def eod_id(self) -> int:
+        """The token that closes each document."""
+
 
 class TokenizerLike(Protocol):
     """What is asked of a tokenizer."""
@@ -50,6 +54,10 @@ class TokenizerLike(Protocol):
     @property
     def sha256(self) -> str:
         """Checksum of its file."""
+
+    @property
+    def eod_id(self) -> int:
+        """End of document."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +162,11 @@ def check_vocabulary(config: RunConfig, probes: Probes) -> Iterator[str]:
                 f"data {source.path} was made with another tokenizer ({manifest.tokenizer_name}) than"
                 f" data.tokenizer ({tokenizer.name} in {path}): prepare it again, or set data.tokenizer to"
                 " the file that it was made with"
+            )
+        elif tokenizer and manifest.eod_id != tokenizer.eod_id:  # named by a file beside the tokenizer
+            yield (
+                f"data {source.path} ends its documents with token {manifest.eod_id}, data.tokenizer ({path}) with"
+                f" {tokenizer.eod_id}: prepare it again, or correct eos_token in the files beside the tokenizer"
             )
         elif not tokenizer and manifest.vocab_size > vocab_size:
             yield (

@@ -12,6 +12,7 @@ from megallama.stream.ledger import read_ledger
 from megallama.stream.open import INDEX_FOLDER, open_past
 from megallama.stream.source import Place
 from megallama.stream.stream import Located, SampleStream, token_of
+from megallama.tokenizers.files import find_tokenizer
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
 from megallama.tokens.origins import origin_of
 
@@ -105,8 +106,8 @@ def _open_stream(run_dir: Path) -> SampleStream:
 
 
 def _tokenizer(run_dir: Path) -> Tokenizer | None:
-    folder = run_dir / "tokenizer"
-    return load_tokenizer(folder) if folder.is_dir() else None
+    file = find_tokenizer(run_dir / "tokenizer")
+    return load_tokenizer(file) if file is not None else None
 
 
 def _documents(

@@ -43,6 +43,8 @@ class Tokenizer(ABC):
     """End of document (the file's end-of-text token)."""
     bos_id: int | None
     """Begin of text, where the file has one."""
+    begins_texts: bool
+    """Whether its files say that `bos_id` stands before a text; `begin.begin_token` decides with it."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

@@ -6,18 +6,18 @@ Imports no torch: preparation workers and the login node load it in a moment.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 import tokenizers
 from megallama.host.errors import UserError
+from megallama.tokenizers.begin import is_begin_asked_beside
+from megallama.tokenizers.files import locate_tokenizer, said_beside
 from megallama.tokenizers.interface import (
     SPACE_MARK,
     PieceKind,
@@ -25,13 +25,8 @@ from megallama.tokenizers.interface import (
     no_end_token,
     read_tokenizer_file,
 )
-from megallama.tokenizers.rank_files import RANKS_SIDE_FILE, RankTokenizer, is_rank_file
+from megallama.tokenizers.rank_files import RankTokenizer, is_rank_file
 from megallama.tokenizers.word_cache import WordCache
-
-SENTENCEPIECE_FILE = "tokenizer.model"
-HUGGING_FACE_FILE = "tokenizer.json"
-SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", RANKS_SIDE_FILE)
-"""Files beside a tokenizer that belong to it."""
 
 # Only asked when no tokenizer_config.json or special_tokens_map.json stands beside tokenizer.json.
 _USUAL_END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
@@ -61,6 +56,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise no_end_token(path, "train it with an end-of-text piece (eos_id)")
         self.eod_id = int(self._processor.eos_id())
         self.bos_id = int(self._processor.bos_id()) if self._processor.bos_id() >= 0 else None
+        self.begins_texts = is_begin_asked_beside(path)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
@@ -165,6 +161,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise no_end_token(path, "put a tokenizer_config.json with its eos_token beside it")
         self.eod_id = end
         self.bos_id = _special_token(path, "bos_token", vocabulary, _USUAL_BEGIN_TOKENS)
+        self.begins_texts = self._is_begin_asked()
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._is_byte_level = '"ByteLevel"' in self._tokenizer.to_str().split('"model"')[0]
 
@@ -228,29 +225,25 @@ class HuggingFaceTokenizer(Tokenizer):
                 return ids[len(before) :]
         return self.encode(text)
 
+    def _is_begin_asked(self) -> bool:
+        # As transformers 5.23: a post-processor decides, and add_bos_token only where there is none.
+        if self._tokenizer.post_processor is None:
+            return is_begin_asked_beside(self.path)
+        plain, dressed = (
+            self._tokenizer.encode("a", add_special_tokens=is_on).ids for is_on in (False, True)
+        )
+        return dressed != plain and dressed[:1] == [self.bos_id]
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer at `path`: a sentencepiece `.model`, a `tokenizer.json`, a tiktoken rank file, or their folder.
 
-    In a folder with several, `tokenizer.json` is taken, which says more than the others.
+    In a folder with several, the one that `find_tokenizer` names is taken.
 
     Raises:
         UserError: missing, damaged, of unknown kind, or without an end-of-text token.
     """
-    place = Path(path)
-    if place.is_dir():
-        held = [place / name for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE) if (place / name).is_file()]
-        held = held or sorted(place.glob("*.tiktoken"))
-        if not held:
-            raise UserError(
-                f"tokenizer folder {place} holds neither {HUGGING_FACE_FILE} nor {SENTENCEPIECE_FILE}:"
-                " give the file itself or another folder"
-            )
-        place = held[0]
-    if not place.exists():
-        raise UserError(
-            f"tokenizer {place} does not exist: give a .model or tokenizer.json file, or their folder"
-        )
+    place = locate_tokenizer(path)
     if place.suffix == ".json":
         return HuggingFaceTokenizer(place)
     if place.suffix == ".tiktoken" or ".model" in place.suffixes:
@@ -276,15 +269,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 def _special_token(path: Path, key: str, vocabulary: dict[str, int], usual: Sequence[str]) -> int | None:
     """Id of the special token `key`: as the side files say, else the first of `usual` that exists."""
-    for name in SIDE_FILES[:2]:
-        side = path.with_name(name)
-        if not side.is_file():
-            continue
-        try:
-            content: Any = json.loads(side.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{side} cannot be read ({error}): correct or remove it") from error
-        named = content.get(key) if isinstance(content, dict) else None
+    for side, named in said_beside(path, key):
         if isinstance(named, dict):
             named = named.get("content")
         if isinstance(named, str):

@@ -20,10 +20,9 @@ from typing import Any
 import tiktoken
 
 from megallama.host.errors import UserError
+from megallama.tokenizers.begin import is_begin_asked_beside
+from megallama.tokenizers.files import RANKS_SIDE_FILE
 from megallama.tokenizers.interface import PieceKind, Tokenizer, read_tokenizer_file
-
-RANKS_SIDE_FILE = "tiktoken.json"
-"""`{"pattern", "special_tokens": {name: id}, "eos_token", "bos_token"?, "normalization"?}` beside a rank file."""
 
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
@@ -152,6 +151,7 @@ class RankTokenizer(Tokenizer):
         self.name = f"tiktoken-{self.vocab_size}"
         self.eod_id = family.special_tokens[family.end]
         self.bos_id = family.special_tokens[family.begin] if family.begin else None
+        self.begins_texts = is_begin_asked_beside(path)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""

@@ -23,8 +23,8 @@ from megallama.corpus.corpus import (
 )
 from megallama.host.errors import UserError
 from megallama.host.files import write_whole
+from megallama.tokenizers.files import SENTENCEPIECE_FILE
 from megallama.tokenizers.interface import SPACE_MARK
-from megallama.tokenizers.load import SENTENCEPIECE_FILE
 
 ModelType = Literal["bpe", "unigram"]
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megallama.host.errors import UserError
-from megallama.host.files import replacing, write_whole
+from megallama.host.files import write_whole
 from megallama.stream.ledger import LEDGER_FILE
-from megallama.tokenizers.load import SIDE_FILES
-
-TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
+from megallama.tokenizers.files import copy_tokenizer, find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,7 @@ class RunFolder:
 
     def tokenizer_file(self) -> Path | None:
         """The copied tokenizer, if there is one."""
-        files = (self.tokenizer_folder / name for name in TOKENIZER_NAMES)
-        return next((file for file in files if file.is_file()), None)
+        return find_tokenizer(self.tokenizer_folder)
 
     def lock(self) -> BinaryIO:
         """Claim the folder for this run until the returned file is closed or the process ends.
@@ -92,20 +88,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.config_file, config_yaml.encode())
         if tokenizer is not None:
-            self.copy_tokenizer(tokenizer)
-
-    def copy_tokenizer(self, tokenizer: Path) -> None:
-        """Copy a tokenizer, a file or its folder, with what lies beside it."""
-        source = next((f for n in TOKENIZER_NAMES if (f := tokenizer / n).is_file()), tokenizer)
-        self.tokenizer_folder.mkdir(parents=True, exist_ok=True)
-        target = self.tokenizer_folder / (
-            TOKENIZER_NAMES[1] if source.suffix == ".json" else TOKENIZER_NAMES[0]
-        )
-        beside = {name: source.with_name(name) for name in SIDE_FILES}
-        for copy, original in {target.name: source, **beside}.items():
-            if original.is_file():
-                with original.open("rb") as old, replacing(target.with_name(copy)) as new:
-                    shutil.copyfileobj(old, new)
+            copy_tokenizer(tokenizer, self.tokenizer_folder)
 
     def write_ledger(self, ledger: dict[str, Any]) -> None:
         """Write what `megallama data trace` reads.

@@ -29,6 +29,7 @@ class Vocabulary:
     name: str = "sentencepiece-512"
     vocab_size: int = 512
     sha256: str = "a" * 64
+    eod_id: int = 2
 
     @property
     def tokenizer_name(self) -> str:

@@ -371,6 +371,9 @@ def test_vocabulary_must_be_the_datas(tmp_path: Path) -> None:
     assert problems_of(with_tokenizer, manifest=Vocabulary()) == []
     (problem,) = problems_of(with_tokenizer, manifest=Vocabulary(name="other", sha256="b" * 64))
     assert f"data {tmp_path}/corpus was made with another tokenizer (other)" in problem
+    # tokenizer_config.json beside the same tokenizer.json may name another end token later.
+    (problem,) = problems_of(with_tokenizer, manifest=Vocabulary(eod_id=7))
+    assert "ends its documents with token 7, data.tokenizer" in problem and " with 2: prepare it" in problem
     without = small_run(tmp_path)
     assert problems_of(without, manifest=Vocabulary(vocab_size=500)) == []
     (problem,) = problems_of(without, manifest=Vocabulary(vocab_size=600))

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from megallama.host.errors import UserError
 from megallama.tokenizers.interface import PieceKind
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
-from megallama.trainer.run_folder import RunFolder
 from tests.support.materials import LLAMA3, QWEN, QWEN35, chinese_chapters
 from tests.tokenizers.test_load import TRICKY
 
@@ -133,15 +132,6 @@ def test_another_family_is_read_with_its_side_file(tmp_path: Path) -> None:
     before = loaded.sha256
     describe(path, pattern=r"\p{L}+|.")
     assert load_tokenizer(path).sha256 != before
-
-
-def test_a_run_folder_keeps_the_side_file(tmp_path: Path) -> None:
-    path = small(tmp_path / "mine.tiktoken")
-    describe(path)
-    folder = RunFolder(tmp_path / "run")
-    folder.write_start(config_yaml="", tokenizer=path)
-    kept = folder.tokenizer_file()
-    assert kept is not None and load_tokenizer(kept).sha256 == load_tokenizer(path).sha256
 
 
 @pytest.mark.parametrize(
