@@ -63,7 +63,8 @@ def model_from_hugging_face(
         ignored: Unknown keys that the user accepts.
 
     Raises:
-        UserError: another architecture, an `ignored` key that is not there or is known, or keys and values that are not supported, all of them by name.
+        UserError: another architecture, an `ignored` key that is not there or is known, or keys and values that are
+            not supported, all of them by name.
     """
     family = config.get("model_type")
     if family not in ARCHITECTURES:

@@ -112,10 +112,20 @@ HARMLESS = {
 """Keys that change nothing of what is computed, each with the reason."""
 
 _SAMPLING = frozenset(
-    "temperature top_k top_p typical_p do_sample early_stopping max_length max_new_tokens min_length num_beams"
-    " num_beam_groups num_return_sequences diversity_penalty repetition_penalty length_penalty no_repeat_ngram_size"
-    " encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens output_scores"
-    " return_dict_in_generate remove_invalid_values exponential_decay_length_penalty".split()
+    (
+        *("temperature", "top_k", "top_p", "typical_p", "do_sample", "early_stopping", "diversity_penalty"),
+        *(
+            "max_length",
+            "max_new_tokens",
+            "min_length",
+            "num_beams",
+            "num_beam_groups",
+            "num_return_sequences",
+        ),
+        *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+        *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty"),
+        *("output_scores", "return_dict_in_generate", "remove_invalid_values"),
+    )
 )
 """How transformers draws tokens: older files hold it here instead of in generation_config.json."""
 

@@ -14,17 +14,18 @@ from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
 from megallama.huggingface.config import model_from_hugging_face
 from megallama.huggingface.model_folder import (
+    ADAPTER_FILE,
     CONFIG_FILE,
     GENERATION_FILE,
     IGNORED_FILE,
     KEPT_FOLDER,
-    TOKENIZER_FILES,
     copy_files,
     new_folder,
+    read_json,
     write_json,
 )
-from megallama.huggingface.safetensors_folder import read_json
 from megallama.huggingface.weights import HuggingFaceWeights, row_blocks
+from megallama.tokenizers.files import copy_tokenizer, find_tokenizer
 
 
 def import_model(
@@ -59,6 +60,12 @@ def import_model(
         raise UserError(
             f"the name of the shape ({name!r}) must be letters, digits, '_', '-', '.': give --name"
         )
+    if (source / ADAPTER_FILE).is_file() and not (source / CONFIG_FILE).is_file():
+        base = read_json(source / ADAPTER_FILE).get("base_model_name_or_path")
+        raise UserError(
+            f"{source} holds an adapter ({ADAPTER_FILE}; LoRA or another) of the model {base!r} and no whole model:"
+            " merge it into that model with PEFT (merge_and_unload, save_pretrained) and import the result"
+        )
     config = read_json(source / CONFIG_FILE)
     model = model_from_hugging_face(
         config,
@@ -71,6 +78,7 @@ def import_model(
         raise UserError(
             f"the name of the shape ({name}) is that of another one in conf/model/: give another with --name"
         )
+    tokenizer = find_tokenizer(source)
     with HuggingFaceWeights(source, model=model) as weights:
         size_bytes = 4 * sum(math.prod(tensor.shape) for tensor in weights.canonical.values())
         with new_folder(output) as folder:
@@ -89,8 +97,9 @@ def import_model(
             (folder / "conf" / "model" / f"{name}.yaml").write_text(text, encoding="utf-8")
             copy_files(source, folder / KEPT_FOLDER, (CONFIG_FILE, GENERATION_FILE))
             if ignore_keys:
-                write_json(folder / KEPT_FOLDER / IGNORED_FILE, list(ignore_keys))
-            copy_files(source, folder / "tokenizer", TOKENIZER_FILES)
+                write_json(folder / KEPT_FOLDER / IGNORED_FILE, {"keys": list(ignore_keys)})
+            if tokenizer is not None:
+                copy_tokenizer(tokenizer, folder / "tokenizer")
     return model
 
 

@@ -20,6 +20,7 @@ from megallama.checkpoint.format.disk import LOCAL_DISK, writing
 from megallama.checkpoint.format.regions import bytes_of
 from megallama.host.dtypes import FLOATS, dtype_name
 from megallama.host.errors import UserError
+from megallama.huggingface.model_folder import read_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": FLOATS["float32"], "F16": FLOATS["float16"], "BF16": FLOATS["bfloat16"]}
@@ -136,23 +137,6 @@ def _files_of(folder: Path) -> dict[str, list[str]]:
     raise UserError(
         f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: give the folder of a Hugging Face model"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: missing, unreadable, or something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: give the folder of a Hugging Face model") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy or download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object: copy or download it again")
-    return content
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:

@@ -18,7 +18,7 @@ from megallama.config.schema import ModelConfig
 from megallama.host.dtypes import dtype_name
 from megallama.host.errors import UserError
 from megallama.huggingface.config import model_from_hugging_face
-from megallama.huggingface.model_folder import CONFIG_FILE
+from megallama.huggingface.model_folder import CONFIG_FILE, read_json
 from megallama.huggingface.names import (
     EMBEDDING,
     OUTPUT,
@@ -26,7 +26,7 @@ from megallama.huggingface.names import (
     canonical_tensors,
     hugging_face_tensors,
 )
-from megallama.huggingface.safetensors_folder import SafetensorsFolder, read_json
+from megallama.huggingface.safetensors_folder import SafetensorsFolder
 from megallama.topology.agreement import Ranks
 
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")

@@ -28,8 +28,7 @@ def inverse_frequencies(model: ModelConfig, *, seq_len: int) -> torch.Tensor:
     width = model.head_width
     theta, factor, original = model.rope_theta, model.rope_scaling_factor, model.rope_original_max_seq_len
     if model.rope_scaling == RopeScaling.dynamic:
-        stretch = factor * max(seq_len, original) / original - (factor - 1)
-        theta *= stretch ** (width / (width - 2))
+        theta = dynamic_theta(model, seq_len=seq_len)
     frequency = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     if model.rope_scaling == RopeScaling.linear:
         return frequency / factor
@@ -42,6 +41,13 @@ def inverse_frequencies(model: ModelConfig, *, seq_len: int) -> torch.Tensor:
     else:
         return frequency
     return keep * frequency + (1 - keep) * frequency / factor
+
+
+def dynamic_theta(model: ModelConfig, *, seq_len: int) -> float:
+    """The base of a rope with `dynamic` scaling for sequences of `seq_len` tokens."""
+    width, factor, original = model.head_width, model.rope_scaling_factor, model.rope_original_max_seq_len
+    stretch = factor * max(seq_len, original) / original - (factor - 1)
+    return model.rope_theta * stretch ** (width / (width - 2))
 
 
 def _yarn_ramp(model: ModelConfig) -> torch.Tensor:

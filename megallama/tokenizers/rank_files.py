@@ -132,10 +132,10 @@ class RankTokenizer(Tokenizer):
             )
         self.path = path
         self.sha256 = digest.hexdigest()
-        self._family = family
+        self.family = family
         self._special = {number: name for name, number in family.special_tokens.items()}
         self._surfaces = {rank: token for token, rank in ranks.items()}
-        self._ranks = ranks
+        self.ranks = ranks
         try:
             self._encoding = tiktoken.Encoding(
                 path.name,
@@ -188,15 +188,15 @@ class RankTokenizer(Tokenizer):
 
     def split(self, surface: bytes) -> list[int]:
         """See `Tokenizer`."""
-        if surface in self._ranks:
-            return [self._ranks[surface]]
+        if surface in self.ranks:
+            return [self.ranks[surface]]
         try:
             return self._encoding.encode_ordinary(surface.decode("utf-8"))
         except UnicodeDecodeError:
-            return [self._ranks[surface[i : i + 1]] for i in range(len(surface))]
+            return [self.ranks[surface[i : i + 1]] for i in range(len(surface))]
 
     def _normal(self, text: str) -> str:
-        form: Any = self._family.normalization
+        form: Any = self.family.normalization
         return unicodedata.normalize(form, text) if form else text
 
 
