@@ -12,7 +12,7 @@ import torch
 from megallama.checkpoint.format.boxes import DEFAULT_CAP_ELEMENTS
 from megallama.checkpoint.format.model_identity import model_of_identity
 from megallama.checkpoint.offline.reader import CheckpointReader
-from megallama.config.load import load_model_yaml, load_yaml
+from megallama.config.load import load_model_yaml, load_yaml, model_to_yaml
 from megallama.config.schema import Dtype, ModelConfig, RopeScaling
 from megallama.host.dtypes import FLOATS
 from megallama.host.errors import UserError
@@ -48,6 +48,13 @@ def trained_model(run: Path) -> Trained | None:
     is_dynamic = model.rope_scaling is RopeScaling.dynamic
     seq_len = min(model.max_seq_len, model.rope_original_max_seq_len) if is_dynamic else model.max_seq_len
     return Trained(model, seq_len, Dtype.fp32)
+
+
+def write_shape(folder: Path, model: ModelConfig) -> None:
+    """Write the shape of an import or a grown vocabulary where `trained_model` finds it."""
+    shapes = folder / "conf" / "model"
+    shapes.mkdir(parents=True, exist_ok=True)
+    (shapes / f"{model.name}.yaml").write_text(model_to_yaml(model), encoding="utf-8")
 
 
 def model_of_checkpoint(reader: CheckpointReader, trained: Trained) -> ModelConfig:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from megallama.checkpoint.format.model_identity import model_identity
 from megallama.checkpoint.offline.writer import CheckpointWriter
-from megallama.config.load import is_shipped_otherwise, model_to_yaml
+from megallama.config.load import is_shipped_otherwise
 from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
+from megallama.huggingface.checkpoint_source import write_shape
 from megallama.huggingface.config import model_from_hugging_face
 from megallama.huggingface.model_folder import (
     ADAPTER_FILE,
@@ -92,9 +93,7 @@ def import_model(
             ) as writer:
                 for key in weights.canonical:
                     _write_tensor(writer, key, weights)
-            (folder / "conf" / "model").mkdir(parents=True)
-            text = model_to_yaml(model)
-            (folder / "conf" / "model" / f"{name}.yaml").write_text(text, encoding="utf-8")
+            write_shape(folder, model)
             copy_files(source, folder / KEPT_FOLDER, (CONFIG_FILE, GENERATION_FILE))
             if ignore_keys:
                 write_json(folder / KEPT_FOLDER / IGNORED_FILE, {"keys": list(ignore_keys)})

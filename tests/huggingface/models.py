@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -120,3 +122,13 @@ def _forward(chunk, topology, config):
     if not topology.is_last_stage:
         dist.send(output.contiguous(), dst=peers[topology.pp_rank + 1])
     return output
+
+
+def changed_config(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of a model folder with other values in config.json; "absent" removes a key."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config.update(changes)
+    config = {key: value for key, value in config.items() if value != "absent"}
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target
