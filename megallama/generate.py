@@ -127,7 +127,7 @@ class Generator:
         }
         if sampling.temperature > 0:
             settings |= {
-                "temperature": sampling.temperature,
+                "temperature": float(sampling.temperature),
                 "top_k": sampling.top_k,
                 "top_p": sampling.top_p,
             }

@@ -9,12 +9,12 @@ import torch
 import transformers
 
 from megallama.checkpoint.offline.reader import CheckpointReader
+from megallama.config.rope_scaling import dynamic_theta
 from megallama.config.schema import ModelConfig, RopeScaling
 from megallama.host.dtypes import dtype_name
 from megallama.huggingface.checkpoint_source import blocks, check_complete
 from megallama.huggingface.config import hugging_face_config
 from megallama.huggingface.names import hugging_face_tensors
-from megallama.model.rope import dynamic_theta
 
 
 def load_in_memory(

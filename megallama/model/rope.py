@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megallama.config.rope_scaling import yarn_attention_factor
+from megallama.config.rope_scaling import dynamic_theta, yarn_attention_factor
 from megallama.config.schema import ModelConfig, RopeScaling
 from megallama.model.packing import DocumentPacking
 
@@ -41,13 +41,6 @@ def inverse_frequencies(model: ModelConfig, *, seq_len: int) -> torch.Tensor:
     else:
         return frequency
     return keep * frequency + (1 - keep) * frequency / factor
-
-
-def dynamic_theta(model: ModelConfig, *, seq_len: int) -> float:
-    """The base of a rope with `dynamic` scaling for sequences of `seq_len` tokens."""
-    width, factor, original = model.head_width, model.rope_scaling_factor, model.rope_original_max_seq_len
-    stretch = factor * max(seq_len, original) / original - (factor - 1)
-    return model.rope_theta * stretch ** (width / (width - 2))
 
 
 def _yarn_ramp(model: ModelConfig) -> torch.Tensor:
