@@ -56,13 +56,19 @@ FAMILIES = {
 
 
 def make_model(
-    name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **save: object
+    name: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    vocab_size: int | None = None,
+    **save: object,
 ) -> torch.nn.Module:
     """A model of the family with random weights, biases and norms, saved into `folder`."""
     import transformers
 
     kind, settings = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings})
+    sizes = {**SIZES, **settings, **({} if vocab_size is None else {"vocab_size": vocab_size})}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
     torch.manual_seed(sum(name.encode()))
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():

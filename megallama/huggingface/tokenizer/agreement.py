@@ -98,10 +98,16 @@ def disagreements(folder: Path, tokenizer: Tokenizer, sample: Iterable[str]) -> 
 
 
 def _shortest(text: str, tokenizer: Tokenizer, of_transformers: Callable[[str], list[int]]) -> str:
-    """A part of `text` that still differs, with both ways to cut it."""
-    for part in (*text.split("\n"), *text.split(" ")):
-        if part and len(part) < len(text) and of_transformers(part) != tokenizer.encode(part):
-            text = part
+    """What is left of `text` when all is taken away without which it still differs, with both ways to cut it."""
+    step = len(text) // 2
+    while step:
+        for start in range(0, len(text), step):
+            part = text[:start] + text[start + step :]
+            if part and of_transformers(part) != tokenizer.encode(part):
+                text = part
+                break
+        else:
+            step //= 2
     theirs, ours = _some(of_transformers(text)), _some(tokenizer.encode(text))
     return f"{text[:40]!r} is {theirs} there and {ours} here"
 

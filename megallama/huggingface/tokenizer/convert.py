@@ -113,9 +113,14 @@ def _bpe(tokenizer: SentencePieceTokenizer) -> models.BPE:
     # Of pieces with one score the leftmost pair is joined first: a run of one character grows from the left, as here,
     # where a longer piece comes first.
     pieces = sorted(scores, key=lambda piece: (scores[piece], -len(piece)))
+    vocabulary = {_text_of(tokenizer, token): token for token in range(tokenizer.vocab_size)}
+    # sentencepiece also joins a character that is no piece; a tokenizer.json has no words for it.
+    merges = [
+        pair for pair in list_merges(pieces, scores.get) if pair[0] in vocabulary and pair[1] in vocabulary
+    ]
     return models.BPE(
-        vocab={_text_of(tokenizer, token): token for token in range(tokenizer.vocab_size)},
-        merges=list_merges(pieces, scores.get),
+        vocab=vocabulary,
+        merges=merges,
         unk_token=tokenizer.label(trainer.unk_id),
         fuse_unk=True,
         byte_fallback=trainer.byte_fallback,
