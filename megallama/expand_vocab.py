@@ -13,13 +13,31 @@ from typing import Literal, get_args
 
 import torch
 
+from megallama.checkpoint.format.disk import writing
 from megallama.checkpoint.format.integrity import intact_checkpoint
 from megallama.checkpoint.format.model_identity import model_identity, model_of_identity
 from megallama.checkpoint.format.protocol import find_checkpoints
 from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.checkpoint.offline.writer import CheckpointWriter
+from megallama.config.schema import ModelConfig
 from megallama.grid import padded_vocab_size
+from megallama.host.dtypes import dtype_name
 from megallama.host.errors import UserError
+from megallama.huggingface.checkpoint_source import (
+    format_of_checkpoint,
+    model_of_checkpoint,
+    trained_model,
+    write_shape,
+)
+from megallama.huggingface.model_folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    IGNORED_FILE,
+    KEPT_FOLDER,
+    copy_files,
+    read_json,
+    write_json,
+)
 from megallama.model.build import EMBEDDING, OUTPUT
 from megallama.tokenizers.files import copy_tokenizer
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
@@ -80,7 +98,10 @@ def expand_vocab(
     target = RunFolder(Path(output))
     if find_checkpoints(target.checkpoints):
         raise UserError(f"output {output} holds checkpoints already: choose another folder")
-    reader = CheckpointReader(intact_checkpoint(Path(source), log=log.warning), verify="never")
+    checkpoint = intact_checkpoint(Path(source), log=log.warning)
+    reader = CheckpointReader(checkpoint, verify="never")
+    run = checkpoint.absolute().parent.parent
+    trained = trained_model(run)
     new, old = load_tokenizer(tokenizer), load_tokenizer(old_tokenizer or _own_tokenizer(Path(source)))
     model = model_of_identity(reader.model, name="expanded", max_seq_len=1)
     _check_fit(old, new, vocab_size=model.vocab_size)
@@ -96,7 +117,10 @@ def expand_vocab(
         target.checkpoints,
         step=0,
         model=model_identity(grown),
-        state={"expanded": origin},
+        state={
+            "expanded": origin,
+            "source": {"dtype": dtype_name(format_of_checkpoint(reader, trained))},
+        },
         size_bytes=weights_bytes + added_bytes,
     ) as writer:
         for name in reader.names():
@@ -104,6 +128,8 @@ def expand_vocab(
                 _write_table(reader, writer, name, old=old, parents=parents, rows=rows, init=init, seed=seed)
             else:
                 writer.write(f"fp32/{name}", reader.read(f"fp32/{name}").float())
+    if trained is not None:
+        _describe(target, model_of_checkpoint(reader, trained), run, vocab_size=new.vocab_size)
     return ExpansionReport(
         checkpoint=writer.path,
         tokenizer=_copy_tokenizer(new, target),
@@ -196,6 +222,18 @@ def _new_rows(
 def _seed(seed: int, name: str, column: int) -> int:
     digest = hashlib.blake2b(f"{seed}/expand/{name}/{column}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _describe(target: RunFolder, old: ModelConfig, run: Path, *, vocab_size: int) -> None:
+    """What `generate` and `export` ask beside the checkpoint: its shape, and an imported model's config.json."""
+    shape = dataclasses.replace(old, name=f"{old.name}_{vocab_size}", vocab_size=vocab_size)
+    kept, own = run / KEPT_FOLDER, target.path / KEPT_FOLDER
+    with writing(target.path, needed_bytes=0):
+        write_shape(target.path, shape)
+        if (kept / CONFIG_FILE).is_file():
+            copy_files(kept, own, (GENERATION_FILE, IGNORED_FILE))
+            own.mkdir(exist_ok=True)
+            write_json(own / CONFIG_FILE, {**read_json(kept / CONFIG_FILE), "vocab_size": vocab_size})
 
 
 def _copy_tokenizer(tokenizer: Tokenizer, target: RunFolder) -> Path:

@@ -1,44 +1,43 @@
-"""Text generation from a run folder or an import, in one process, whatever layout the model was trained in."""
+"""Text generation from a run folder, an import or a grown vocabulary, in one process, by transformers."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from transformers.generation import BaseStreamer
 
 from megallama.checkpoint.format.integrity import latest_checkpoint
-from megallama.checkpoint.format.protocol import read_manifest
 from megallama.checkpoint.offline.reader import CheckpointReader
-from megallama.config.load import load_model_yaml, load_yaml
-from megallama.config.schema import (
-    Dtype,
-    OptimConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    RopeScaling,
-    RunConfig,
-    TrainConfig,
-    ZeroConfig,
-)
+from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
-from megallama.host.launch import read_launch_environment
-from megallama.model.build import Stage, build_model
+from megallama.huggingface.checkpoint_source import (
+    format_of_checkpoint,
+    model_of_checkpoint,
+    trained_model,
+)
+from megallama.huggingface.in_memory import load_in_memory
+from megallama.huggingface.model_folder import kept_end_ids
+from megallama.tokenizers.begin import Begin, begin_token
 from megallama.tokenizers.files import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
-from megallama.topology.connect import connect
 from megallama.trainer.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
+_BROKEN = "\ufffd"
+"""What a character decodes to whose bytes are not all there."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """How the next tokens are chosen."""
 
     temperature: float = 0.8
     """Divides the logits; 0 always takes the likeliest token."""
@@ -46,6 +45,10 @@ class Sampling:
     """Only the k likeliest tokens; 0: all."""
     top_p: float = 1.0
     """Only the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+    repetition_penalty: float = 1.0
+    """Lowers the logits of tokens that the text has already (Keskar et al. 2019, arXiv:1909.05858); 1: no penalty."""
+    beams: int = 1
+    """Texts that beam search keeps, of which the likeliest is the result; it takes temperature 0."""
     seed: int = 0
     """Seed of the draw."""
 
@@ -63,23 +66,122 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p ({self.top_p}) must be in (0, 1]: 1 keeps all tokens")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UserError(
+                f"--repetition-penalty ({self.repetition_penalty}) must be above 0: 1 is no penalty, 1.1 a usual one"
+            )
+        if self.beams < 1:
+            raise UserError(f"--beams ({self.beams}) must be at least 1: 1 is no beam search")
+        if self.beams > 1 and self.temperature > 0:
+            raise UserError(
+                f"--beams ({self.beams}) looks for the likeliest text, and --temperature ({self.temperature}) draws"
+                " one: give --temperature 0, or no --beams"
+            )
 
 
-@contextmanager
-def open_run(run_dir: Path) -> Iterator[tuple[RunConfig, Stage, Tokenizer]]:
-    """The whole model of a run's newest checkpoint that verifies, or of an import, in this process, and its tokenizer.
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A model in memory that continues token ids."""
+
+    model: ModelConfig
+    network: Any
+    """The same as a model of transformers."""
+    tokenizer: Tokenizer
+    end_ids: tuple[int, ...]
+    """Tokens that end a text."""
+    seq_len: int
+    """Length of the sequences that it was trained on."""
+
+    def continue_ids(
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        show: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """The new tokens after `ids`, without the one that ended the text; `show` is given each as it is found.
+
+        Ids beyond the tokenizer are never drawn: they are padding, or spare ones that it cannot show. Beam search
+        calls `show` once it is over.
+        """
+        new: list[int] = []
+
+        def take(token: int) -> None:
+            if token not in self.end_ids:
+                new.append(token)
+                if show is not None:
+                    show(token)
+
+        device = next(self.network.parameters()).device
+        prompt = torch.tensor([list(ids)], device=device)
+        unknown = list(range(self.tokenizer.vocab_size, self.model.vocab_size))
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": sampling.temperature > 0,
+            "num_beams": sampling.beams,
+            "repetition_penalty": sampling.repetition_penalty,
+            "suppress_tokens": unknown or None,
+            "eos_token_id": list(self.end_ids),
+            "pad_token_id": self.end_ids[0],
+        }
+        if sampling.temperature > 0:
+            settings |= {
+                "temperature": float(sampling.temperature),
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+            }
+        is_streamed = sampling.beams == 1
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(sampling.seed)
+            found = self.network.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=transformers.GenerationConfig(**settings),
+                streamer=_Streamer(take) if is_streamed else None,
+            )
+        if not is_streamed:
+            for token in found[0, len(ids) :].tolist():
+                take(token)
+        return new
+
+
+class _Streamer(BaseStreamer):
+    """Hands each new token on."""
+
+    def __init__(self, take: Callable[[int], None]) -> None:
+        self._take = take
+        self._has_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt first, then one token at a time."""
+        if self._has_prompt:
+            for token in value.flatten().tolist():
+                self._take(token)
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def open_generator(run_dir: Path) -> Generator:
+    """The whole model of the newest checkpoint of `run_dir` that verifies, with its tokenizer.
 
     Raises:
-        UserError: the folder is neither, or holds no checkpoint or tokenizer.
+        UserError: the folder holds no model of ours, no checkpoint or no tokenizer.
     """
     folder = RunFolder(run_dir)
-    is_run = folder.config_file.is_file()
-    trained = load_yaml(folder.config_file) if is_run else _config_of_import(folder)
+    trained = trained_model(run_dir)
+    if trained is None:
+        raise UserError(
+            f"{run_dir} is not a run folder (no config.yaml): give the train.run_dir of a run, or a folder that"
+            " `megallama import` or `megallama expand-vocab` made"
+        )
     tokenizer_file = folder.tokenizer_file()
     if tokenizer_file is None:
         remedy = (
             "set data.tokenizer in the run and continue it"
-            if is_run
+            if folder.config_file.is_file()
             else f"copy the model's {SENTENCEPIECE_FILE} or {HUGGING_FACE_FILE} to {folder.tokenizer_folder}"
         )
         raise UserError(f"{run_dir} holds no tokenizer: {remedy}")
@@ -89,139 +191,74 @@ def open_run(run_dir: Path) -> Iterator[tuple[RunConfig, Stage, Tokenizer]]:
         raise UserError(
             f"{folder.checkpoints} holds no usable checkpoint: train for at least one checkpoint.interval"
         )
-    if not is_run:
-        trained = dataclasses.replace(trained, precision=PrecisionConfig(dtype=_format_of_import(checkpoint)))
-    config = dataclasses.replace(trained, parallel=ParallelConfig(), zero=ZeroConfig(stage=0))
-    environment = read_launch_environment()
-    if environment.world_size != 1:
-        raise UserError(
-            f"generate runs in one process (world size {environment.world_size}): start it without torchrun"
-        )
-    with connect(config.parallel, environment=environment) as topology:
-        stage = build_model(
-            config.model,
-            topology=topology,
-            parallel=config.parallel,
-            precision=config.precision,
-            train=config.train,
-            kernels=config.kernels,
-            is_initialized=False,
-        )
-        fill_stage(stage, checkpoint)
-        stage.module.to(topology.device).eval()
-        yield config, stage, tokenizer
-
-
-def _config_of_import(folder: RunFolder) -> RunConfig:
-    """What `megallama import` says of its model, where there was no run that would have a configuration."""
-    shapes = sorted((folder.path / "conf" / "model").glob("*.yaml"))
-    if len(shapes) != 1 or not folder.checkpoints.is_dir():
-        raise UserError(
-            f"{folder.path} is not a run folder (no config.yaml): give the train.run_dir of a run, or a folder that"
-            " `megallama import` made"
-        )
-    model = load_model_yaml(shapes[0])
-    # Dynamic NTK raises the base by what seq_len exceeds this: a prompt begins with the plain one.
-    is_dynamic = model.rope_scaling is RopeScaling.dynamic
-    seq_len = min(model.max_seq_len, model.rope_original_max_seq_len) if is_dynamic else model.max_seq_len
-    return RunConfig(
-        model=model,
-        train=TrainConfig(steps=1, run_dir=str(folder.path), seq_len=seq_len, global_batch_size=1),
-        optim=OptimConfig(lr=0.0),
+    reader = CheckpointReader(checkpoint, verify="never")
+    model = model_of_checkpoint(reader, trained)
+    network = load_in_memory(
+        reader, model, seq_len=trained.seq_len, dtype=format_of_checkpoint(reader, trained)
     )
-
-
-def _format_of_import(checkpoint: Path) -> Dtype:
-    """The format that the weights had where they came from."""
-    source = read_manifest(checkpoint).state.get("source")
-    name = source.get("dtype") if isinstance(source, dict) else None
-    return next((kind for kind in Dtype if kind.full_name == name), Dtype.fp32)
-
-
-@torch.no_grad()
-def fill_stage(stage: Stage, checkpoint: Path) -> None:
-    """Copy canonical master weights into the stage's parameters, one tensor in memory at a time."""
-    parameters = dict(stage.module.named_parameters())
-    places = {piece.key: (name, piece) for name, pieces in stage.layout.items() for piece in pieces}
-    for key, tensor in CheckpointReader(checkpoint, verify="never").read_all():
-        name, piece = places.pop(key)
-        flat = parameters[name].view(-1)
-        flat[piece.start : piece.start + tensor.numel()].copy_(tensor.reshape(-1))
-    assert not places, f"the checkpoint lacks {sorted(places)}"
-
-
-@torch.no_grad()
-def continue_tokens(
-    config: RunConfig,
-    stage: Stage,
-    tokens: list[int],
-    *,
-    eod_id: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    vocab_size: int | None = None,
-) -> Iterator[int]:
-    """New token ids below `vocab_size` (default: the model's), one by one, until a document ends or `max_new_tokens`.
-
-    The whole window is computed anew for each token: sampling for a look at the model, not for serving.
-    """
-    generator = torch.Generator().manual_seed(sampling.seed)
-    device = next(stage.module.parameters()).device
-    tokens = list(tokens) or [eod_id]
-    for _ in range(max_new_tokens):
-        window = torch.tensor([tokens[-config.train.seq_len :]], device=device)
-        logits_BSV = stage.chunks[0](window, None, None)
-        # Rows beyond the vocabulary are padding of the embedding, or spare ids that no tokenizer can show.
-        logits_V = logits_BSV[0, -1, : vocab_size or config.model.vocab_size].float().cpu()
-        token = choose_token(logits_V, sampling, generator)
-        if token == eod_id:
-            return
-        tokens.append(token)
-        yield token
-
-
-def choose_token(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id drawn from `logits_V` [vocabulary] as `sampling` says."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    ordered_V, ids_V = (logits_V / sampling.temperature).sort(descending=True, stable=True)
-    if sampling.top_k:
-        ordered_V, ids_V = ordered_V[: sampling.top_k], ids_V[: sampling.top_k]
-    probability_V = ordered_V.softmax(-1)
-    if sampling.top_p < 1:
-        # The token that crosses top_p still belongs to the set, so that it is never empty.
-        before_V = probability_V.cumsum(-1) - probability_V
-        probability_V = probability_V.where(before_V < sampling.top_p, 0)
-    return int(ids_V[torch.multinomial(probability_V, 1, generator=generator)])
+    if torch.cuda.is_available():
+        network.to("cuda")
+    ends = [tokenizer.eod_id, *kept_end_ids(run_dir)]
+    return Generator(model, network, tokenizer, tuple(dict.fromkeys(ends)), trained.seq_len)
 
 
 def generate(
-    run_dir: Path, prompt: str, *, max_new_tokens: int = 200, sampling: Sampling | None = None
-) -> Iterator[str]:
-    """Text that continues `prompt`, in parts as they become whole characters."""
+    run_dir: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 200,
+    sampling: Sampling | None = None,
+    begin: Begin = "tokenizer",
+    show: Callable[[str], None] = lambda part: None,
+) -> str:
+    """Text that continues `prompt`; `show` is given the same in parts, as characters become whole.
+
+    Args:
+        run_dir: Folder of a run, an import or a grown vocabulary.
+        prompt: What to continue.
+        max_new_tokens: Most tokens to add; the text may end before.
+        sampling: How tokens are chosen.
+        begin: Whether the begin token stands before the prompt.
+        show: Called with an empty part first, when all that can be wrong has been looked at.
+
+    Raises:
+        UserError: as `open_generator`; senseless settings; a prompt that the model has no ids for.
+    """
     sampling = sampling or Sampling()
     sampling.check()
     if max_new_tokens < 1:
         raise UserError(
             f"--max-new-tokens ({max_new_tokens}) must be at least 1: give how many tokens to add"
         )
-    with open_run(run_dir) as (config, stage, tokenizer):
-        ids = tokenizer.encode(prompt)
-        shown = tokenizer.decode(ids)
-        new = continue_tokens(
-            config,
-            stage,
-            ids,
-            eod_id=tokenizer.eod_id,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            vocab_size=min(tokenizer.vocab_size, config.model.vocab_size),
+    generator = open_generator(run_dir)
+    tokenizer = generator.tokenizer
+    first = begin_token(tokenizer, begin)
+    ids = [*([] if first is None else [first]), *tokenizer.encode(prompt)] or [tokenizer.eod_id]
+    if max(ids) >= generator.model.vocab_size:
+        raise UserError(
+            f"the prompt has token {max(ids)} of {tokenizer.path}, and the model has {generator.model.vocab_size}"
+            " ids: put the model's own tokenizer there, or grow the model with megallama expand-vocab"
         )
-        for token in new:
-            ids.append(token)
-            text = tokenizer.decode(ids)
-            # A character of several byte tokens (Chinese, often) decodes to U+FFFD until it is complete.
-            if text.endswith("\ufffd"):
-                continue
-            yield text[len(shown) :]
+    if len(ids) + max_new_tokens > generator.seq_len:
+        log.warning(
+            "%d tokens of prompt and %d new ones are more than the %d of a training sequence: the end may be worse",
+            *(len(ids), max_new_tokens, generator.seq_len),
+        )
+    show("")
+    given = tokenizer.decode(ids)
+    shown, all_ids = given, list(ids)
+
+    def show_token(token: int) -> None:
+        nonlocal shown
+        all_ids.append(token)
+        # A character of several byte tokens (Chinese, often) is broken until it is complete.
+        text = tokenizer.decode(all_ids).rstrip(_BROKEN)
+        if len(text) > len(shown):
+            show(text[len(shown) :])
             shown = text
+
+    generator.continue_ids(ids, max_new_tokens=max_new_tokens, sampling=sampling, show=show_token)
+    text = tokenizer.decode(all_ids)
+    if len(text) > len(shown):
+        show(text[len(shown) :])
+    return text[len(given) :]

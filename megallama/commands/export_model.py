@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from megallama.commands.parser import Commands
+from megallama.commands.parser import Commands, add_ignore_key
 from megallama.host.errors import UserError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -32,6 +32,7 @@ def add(commands: Commands) -> None:
         metavar="FOLDER",
         help="take config.json, generation_config.json and tokenizer from this model (Hugging Face or imported)",
     )
+    add_ignore_key(parser)
     parser.set_defaults(command=_export)
 
 
@@ -60,6 +61,7 @@ def _export(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         max_shard_bytes=parse_size(options.max_shard_size),
         like=options.like,
+        ignore_keys=options.ignore_key,
         log=lambda line: print(f"warning: {line}", file=sys.stderr),
     )
     print(

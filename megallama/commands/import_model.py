@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megallama.commands.parser import Commands, whole_number
+from megallama.commands.parser import Commands, add_ignore_key, whole_number
 
 
 def add(commands: Commands) -> None:
@@ -20,6 +20,7 @@ def add(commands: Commands) -> None:
         default=128,
         help="pad the embedding to a multiple of this (default: 128)",
     )
+    add_ignore_key(parser)
     parser.set_defaults(command=_import)
 
 
@@ -28,7 +29,11 @@ def _import(options: argparse.Namespace) -> None:
     from megallama.model.counts import count_parameters
 
     model = import_model(
-        options.source, options.output, name=options.name, vocab_multiple=options.vocab_multiple
+        options.source,
+        options.output,
+        name=options.name,
+        vocab_multiple=options.vocab_multiple,
+        ignore_keys=options.ignore_key,
     )
     print(f"wrote {options.output}: {model.name}, {count_parameters(model, padded=False):,} parameters")
     print(

@@ -68,6 +68,17 @@ class CommandParser(argparse.ArgumentParser):
         return options, []
 
 
+def add_ignore_key(parser: argparse.ArgumentParser) -> None:
+    """Add what accepts unknown keys of a config.json by name."""
+    parser.add_argument(
+        "--ignore-key",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="accept this unknown key of config.json, which you know to change nothing in what the model computes",
+    )
+
+
 def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = True) -> None:
     """Add what says which text is read and how it falls into documents."""
     if has_inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megallama.config.schema import RopeScaling
+from megallama.config.schema import ModelConfig, RopeScaling
 
 SETTINGS: dict[RopeScaling, tuple[str, ...]] = {
     RopeScaling.none: (),
@@ -46,3 +46,10 @@ def unread_settings(*kinds: RopeScaling) -> set[str]:
 def yarn_attention_factor(scaling_factor: float) -> float:
     """What `rope_attention_factor=null` means under YaRN: equation 22 of arXiv:2309.00071."""
     return 0.1 * math.log(scaling_factor) + 1.0
+
+
+def dynamic_theta(model: ModelConfig, *, seq_len: int) -> float:
+    """The base of a rope with `dynamic` scaling for sequences of `seq_len` tokens."""
+    width, factor, original = model.head_width, model.rope_scaling_factor, model.rope_original_max_seq_len
+    stretch = factor * max(seq_len, original) / original - (factor - 1)
+    return model.rope_theta * stretch ** (width / (width - 2))

@@ -1,13 +1,12 @@
 """Translation between a Hugging Face `config.json` and our model configuration.
 
-Every key of a `config.json` is either translated, checked, or listed here as harmless with the reason. Anything
-else is an error: a key that were dropped in silence might change what the model computes.
+Which keys there are, and which of them matter, stands in `config_keys.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megallama.config.check_values import (
@@ -22,32 +21,17 @@ from megallama.config.same_model import differing_settings
 from megallama.config.schema import ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
 from megallama.config.typed import Problems, build, plain
 from megallama.host.errors import UserError
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
-"""`model_type` of the families and their class in transformers."""
-
-SIZES = {
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_attention_heads": "num_heads",
-    "vocab_size": "vocab_size",
-}
-"""Keys that every config.json must have, and our names."""
-
-OTHERS = {
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "max_position_embeddings": "max_seq_len",
-    "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_embeddings",
-    "initializer_range": "init_std",
-}
+from megallama.huggingface.config_keys import (
+    ARCHITECTURES,
+    OTHERS,
+    ROPE_HARMLESS,
+    ROPE_KEY_OF,
+    ROPE_KEYS_OF,
+    SIZES,
+    key_problems,
+    unknown_keys,
+    without_ignored,
+)
 
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -60,72 +44,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 SHARED_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
 
-REQUIRED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "use_sliding_window": (False, None),
-    "pretraining_tp": (1, None),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "chunk_size_feed_forward": (0, None),
-    "pruned_heads": ({}, None),
-    "sep_token_id": (None,),
-    "tie_encoder_decoder": (False, None),
-    "auto_map": (None,),
-    "residual_dropout": (0, None),
-    "embedding_dropout": (0, None),
-}
-"""Keys whose other values would be another model than ours, and the values that are ours."""
-
-HARMLESS = {
-    "torch_dtype": "each tensor says its own format",
-    "dtype": "each tensor says its own format",
-    "transformers_version": "who wrote the file",
-    "_name_or_path": "where the file came from",
-    "use_cache": "how transformers generates",
-    "bos_token_id": "the tokenizer says it; generation_config.json is kept",
-    "eos_token_id": "the tokenizer says it; generation_config.json is kept",
-    "pad_token_id": "we pack documents and never pad",
-    "max_window_layers": "only used with a sliding window, which is refused",
-    "output_attentions": "what transformers returns",
-    "output_hidden_states": "what transformers returns",
-    "return_dict": "what transformers returns",
-    "torchscript": "how transformers is traced",
-    "id2label": "only for classification",
-    "label2id": "only for classification",
-    "problem_type": "only for classification",
-    "finetuning_task": "a note",
-    "task_specific_params": "a note",
-    "_attn_implementation_autoset": "which kernel transformers takes",
-    "is_llama_config": "a note of some early LLaMA files",
-}
-"""Keys that change nothing of what is computed, each with the reason."""
-
-ROPE_KEY_OF = {
-    "rope_scaling_factor": "factor",
-    "rope_original_max_seq_len": "original_max_position_embeddings",
-    **{f"rope_{key}": key for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")},
-    "rope_attention_factor": "attention_factor",
-}
-"""Our settings of a kind of rotary scaling, and the keys of `rope_parameters` (in older files `rope_scaling`)."""
-
-ROPE_KEYS = {
-    "default": (),
-    **{kind.value: tuple(ROPE_KEY_OF[name] for name in names) for kind, names in SETTINGS.items() if names},
-}
-"""Keys of `rope_parameters` for each kind."""
-ROPE_KEYS["yarn"] += ("mscale", "mscale_all_dim", "truncate")
-ROPE_KEYS["dynamic"] = ("factor",)  # transformers takes the original context from max_position_embeddings
-
 
 def model_from_hugging_face(
-    config: Mapping[str, Any], *, name: str, vocab_multiple: int = 128, origin: str = "config.json"
+    config: Mapping[str, Any],
+    *,
+    name: str,
+    vocab_multiple: int = 128,
+    origin: str = "config.json",
+    ignored: Collection[str] = (),
 ) -> ModelConfig:
     """The model that a `config.json` describes.
 
@@ -134,18 +60,21 @@ def model_from_hugging_face(
         name: Name of the shape.
         vocab_multiple: `model.vocab_multiple`.
         origin: Where it was read, for messages.
+        ignored: Unknown keys that the user accepts.
 
     Raises:
-        UserError: another architecture, or keys and values that are not supported, all of them by name.
+        UserError: another architecture, an `ignored` key that is not there or is known, or keys and values that are
+            not supported, all of them by name.
     """
     family = config.get("model_type")
     if family not in ARCHITECTURES:
         raise UserError(
             f"{origin}: model_type ({family!r}) is not supported: it must be one of {', '.join(ARCHITECTURES)}"
         )
+    config = without_ignored(config, ignored, origin=origin)
     given = {**SHARED_DEFAULTS, **DEFAULTS[family], **config}
     problems = [f"{key} is missing" for key in SIZES if config.get(key) is None]
-    problems += _unsupported(given, family)
+    problems += key_problems(given, family=family)
     values = {ours: given[theirs] for theirs, ours in (SIZES | OTHERS).items() if theirs in given}
     values |= _rope_settings(given, problems=problems)
     values |= {
@@ -161,33 +90,12 @@ def model_from_hugging_face(
         problems = problems or _shape_problems(model)
         if not problems and model is not None:
             return model
-    raise UserError(
-        f"{origin} describes a model that is not supported ({'; '.join(problems)}): choose another one"
-    )
-
-
-def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
-    problems = []
-    known = {"model_type", "architectures", "rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
-    known |= {"sliding_window", *SIZES, *OTHERS, *HARMLESS}
-    for key, value in config.items():
-        if key in REQUIRED:
-            if value not in REQUIRED[key]:
-                problems.append(f"{key} is {value!r}, only {REQUIRED[key][0]!r} is supported")
-        elif key not in known:
-            problems.append(f"{key} ({value!r}) is unknown")
-    architectures = config.get("architectures")
-    if architectures not in (None, [ARCHITECTURES[family]]):
-        problems.append(f"architectures is {architectures!r}, only [{ARCHITECTURES[family]!r}] is supported")
-    # Qwen's files name a window that use_sliding_window=false switches off.
-    if family not in ("qwen2", "qwen3") and config.get("sliding_window") is not None:
-        problems.append(
-            f"sliding_window is {config['sliding_window']!r}, only full attention (null) is supported"
-        )
-    kinds = config.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        problems.append(f"layer_types is {kinds!r}, only 'full_attention' is supported")
-    return problems
+    unknown = unknown_keys(given, family=family)
+    remedy = "choose another one"
+    if unknown:
+        flags = " ".join(f"--ignore-key {key}" for key in unknown)
+        remedy += f", or import it with {flags} if that changes nothing in what the model computes"
+    raise UserError(f"{origin} describes a model that is not supported ({'; '.join(problems)}): {remedy}")
 
 
 def _rope_settings(config: Mapping[str, Any], *, problems: list[str]) -> dict[str, Any]:
@@ -196,7 +104,11 @@ def _rope_settings(config: Mapping[str, Any], *, problems: list[str]) -> dict[st
     if not all(isinstance(form, Mapping) for form in forms):
         problems.append("rope_scaling and rope_parameters must be objects or null")
         return {}
-    rope, newer = ({**form} for form in forms)
+    # null is what a key is that was not set
+    rope, newer = (
+        {key: value for key, value in form.items() if value is not None and key not in ROPE_HARMLESS}
+        for form in forms
+    )
     for part in (rope, newer):
         if "type" in part:  # the oldest name
             part.setdefault("rope_type", part["type"])
@@ -215,10 +127,10 @@ def _rope_settings(config: Mapping[str, Any], *, problems: list[str]) -> dict[st
             (value for value in (theta, config.get("rope_theta")) if value is not None), 10000.0
         )
     }
-    if kind not in ROPE_KEYS:
-        problems.append(f"rope_type {kind!r} is not supported, only {', '.join(ROPE_KEYS)}")
+    if kind not in ROPE_KEYS_OF:
+        problems.append(f"rope_type {kind!r} is not supported, only {', '.join(ROPE_KEYS_OF)}")
         return settings
-    problems += [f"{key} of the {kind} rope is unknown" for key in rope if key not in ROPE_KEYS[kind]]
+    problems += [f"{key} of the {kind} rope is unknown" for key in rope if key not in ROPE_KEYS_OF[kind]]
     if kind != "default" and not _is_number(rope.get("factor")):
         problems.append(f"factor of the {kind} rope ({rope.get('factor')!r}) must be a number")
         return settings
@@ -335,7 +247,9 @@ def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
     if kind is RopeScaling.none:
         return None
     values = {ROPE_KEY_OF[name]: getattr(model, name) for name in SETTINGS[kind]}
-    kept = {key: value for key, value in values.items() if key in ROPE_KEYS[kind.value] and value is not None}
+    kept = {
+        key: value for key, value in values.items() if key in ROPE_KEYS_OF[kind.value] and value is not None
+    }
     return {"rope_type": kind.value, **kept}
 
 

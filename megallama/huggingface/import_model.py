@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.checkpoint.format.model_identity import model_identity
 from megallama.checkpoint.offline.writer import CheckpointWriter
-from megallama.config.load import is_shipped_otherwise, model_to_yaml
+from megallama.config.load import is_shipped_otherwise
 from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
+from megallama.huggingface.checkpoint_source import write_shape
 from megallama.huggingface.config import model_from_hugging_face
 from megallama.huggingface.model_folder import (
+    ADAPTER_FILE,
     CONFIG_FILE,
     GENERATION_FILE,
+    IGNORED_FILE,
     KEPT_FOLDER,
-    TOKENIZER_FILES,
     copy_files,
     new_folder,
+    read_json,
+    write_json,
 )
-from megallama.huggingface.safetensors_folder import read_json
 from megallama.huggingface.weights import HuggingFaceWeights, row_blocks
+from megallama.tokenizers.files import copy_tokenizer, find_tokenizer
 
 
 def import_model(
-    source: Path, output: Path, *, name: str | None = None, vocab_multiple: int = 128
+    source: Path,
+    output: Path,
+    *,
+    name: str | None = None,
+    vocab_multiple: int = 128,
+    ignore_keys: Sequence[str] = (),
 ) -> ModelConfig:
     """Make `output` from the model folder `source`: a weights-only checkpoint, its shape and its tokenizer.
 
@@ -38,6 +48,7 @@ def import_model(
         output: Folder to make.
         name: Name of the shape; that of the output folder if not given.
         vocab_multiple: The embedding is padded to a multiple of this, with zeros.
+        ignore_keys: Keys of config.json that are unknown here and change nothing in what the model computes.
 
     Raises:
         UserError: unknown or unsupported keys, tensors missing, too many or of another shape, damaged files, another
@@ -50,14 +61,25 @@ def import_model(
         raise UserError(
             f"the name of the shape ({name!r}) must be letters, digits, '_', '-', '.': give --name"
         )
+    if (source / ADAPTER_FILE).is_file() and not (source / CONFIG_FILE).is_file():
+        base = read_json(source / ADAPTER_FILE).get("base_model_name_or_path")
+        raise UserError(
+            f"{source} holds an adapter ({ADAPTER_FILE}; LoRA or another) of the model {base!r} and no whole model:"
+            " merge it into that model with PEFT (merge_and_unload, save_pretrained) and import the result"
+        )
     config = read_json(source / CONFIG_FILE)
     model = model_from_hugging_face(
-        config, name=name, vocab_multiple=vocab_multiple, origin=str(source / CONFIG_FILE)
+        config,
+        name=name,
+        vocab_multiple=vocab_multiple,
+        origin=str(source / CONFIG_FILE),
+        ignored=ignore_keys,
     )
     if is_shipped_otherwise(name, model):
         raise UserError(
             f"the name of the shape ({name}) is that of another one in conf/model/: give another with --name"
         )
+    tokenizer = find_tokenizer(source)
     with HuggingFaceWeights(source, model=model) as weights:
         size_bytes = 4 * sum(math.prod(tensor.shape) for tensor in weights.canonical.values())
         with new_folder(output) as folder:
@@ -71,11 +93,12 @@ def import_model(
             ) as writer:
                 for key in weights.canonical:
                     _write_tensor(writer, key, weights)
-            (folder / "conf" / "model").mkdir(parents=True)
-            text = model_to_yaml(model)
-            (folder / "conf" / "model" / f"{name}.yaml").write_text(text, encoding="utf-8")
+            write_shape(folder, model)
             copy_files(source, folder / KEPT_FOLDER, (CONFIG_FILE, GENERATION_FILE))
-            copy_files(source, folder / "tokenizer", TOKENIZER_FILES)
+            if ignore_keys:
+                write_json(folder / KEPT_FOLDER / IGNORED_FILE, {"keys": list(ignore_keys)})
+            if tokenizer is not None:
+                copy_tokenizer(tokenizer, folder / "tokenizer")
     return model
 
 

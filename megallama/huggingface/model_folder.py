@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megallama.checkpoint.format.disk import writing
 from megallama.host.errors import UserError
@@ -17,11 +19,11 @@ CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 KEPT_FOLDER = "huggingface"
 """Where an imported model keeps `config.json` and `generation_config.json` as they were."""
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "tiktoken.json"),
-)
-"""Files of a tokenizer in a model folder."""
+IGNORED_FILE = "ignored_keys.json"
+"""Keys of that `config.json` that the user accepted by name when it was imported."""
+
+ADAPTER_FILE = "adapter_config.json"
+"""By which the folder of an adapter, which holds no whole model, is known."""
 
 
 @contextmanager
@@ -55,3 +57,36 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
         target.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
     return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: missing, unreadable, or something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: give the folder of a Hugging Face model") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy or download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object: copy or download it again")
+    return content
+
+
+def kept_end_ids(folder: Path) -> list[int]:
+    """The end tokens that the generation_config.json of an import names: a chat model's are more than one.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = folder / KEPT_FOLDER / GENERATION_FILE
+    named = read_json(path).get("eos_token_id") if path.is_file() else None
+    return [token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as people read it."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from megallama.checkpoint.format.disk import LOCAL_DISK, writing
 from megallama.checkpoint.format.regions import bytes_of
 from megallama.host.dtypes import FLOATS, dtype_name
 from megallama.host.errors import UserError
+from megallama.huggingface.model_folder import read_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": FLOATS["float32"], "F16": FLOATS["float16"], "BF16": FLOATS["bfloat16"]}
@@ -37,19 +38,25 @@ class SafetensorsFolder:
 
     Headers and the sizes of the files are checked at once; of the data only what is asked for is read.
 
+    Args:
+        folder: The folder.
+        may_lack: Which tensors the index may name without any file that holds them.
+
     Raises:
         UserError: no safetensors files, a file missing or damaged, or a format other than fp32, fp16, bf16.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, may_lack: Callable[[str], bool] = lambda name: False) -> None:
         self.folder = folder
         self.shapes: dict[str, Ints] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
         try:
-            for file, names in _files_of(folder).items():
-                self._open(file, names)
+            for file, listed in _files_of(folder).items():
+                needed = [name for name in listed if not may_lack(name)]
+                if needed or not listed or (folder / file).is_file():
+                    self._open(file, needed)
         except BaseException:
             self.close()
             raise
@@ -130,23 +137,6 @@ def _files_of(folder: Path) -> dict[str, list[str]]:
     raise UserError(
         f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: give the folder of a Hugging Face model"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: missing, unreadable, or something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: give the folder of a Hugging Face model") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy or download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object: copy or download it again")
-    return content
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from megallama.config.schema import ModelConfig
 from megallama.host.dtypes import dtype_name
 from megallama.host.errors import UserError
 from megallama.huggingface.config import model_from_hugging_face
-from megallama.huggingface.model_folder import CONFIG_FILE
+from megallama.huggingface.model_folder import CONFIG_FILE, read_json
 from megallama.huggingface.names import (
     EMBEDDING,
     OUTPUT,
@@ -25,7 +26,7 @@ from megallama.huggingface.names import (
     canonical_tensors,
     hugging_face_tensors,
 )
-from megallama.huggingface.safetensors_folder import SafetensorsFolder, read_json
+from megallama.huggingface.safetensors_folder import SafetensorsFolder
 from megallama.topology.agreement import Ranks
 
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -57,7 +58,7 @@ class HuggingFaceWeights(SafetensorsFolder):
     """
 
     def __init__(self, folder: Path, *, model: ModelConfig) -> None:
-        super().__init__(folder)
+        super().__init__(folder, may_lack=partial(_is_dispensable, model))
         self._made = canonical_tensors(model)
         try:
             _check_tensors(self, model)
@@ -130,6 +131,11 @@ def row_blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
     """(first row, number of rows) of parts of a bounded number of elements."""
     height = max(1, DEFAULT_CAP_ELEMENTS // width)
     return ((start, min(height, rows - start)) for start in range(0, rows, height))
+
+
+def _is_dispensable(model: ModelConfig, name: str) -> bool:
+    """Whether an index may name a tensor that no file holds: what writers leave out, as it says nothing of its own."""
+    return (model.tie_embeddings and name == OUTPUT) or _BUFFERS.fullmatch(name) is not None
 
 
 def _check_tensors(weights: SafetensorsFolder, model: ModelConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megallama.config.rope_scaling import yarn_attention_factor
+from megallama.config.rope_scaling import dynamic_theta, yarn_attention_factor
 from megallama.config.schema import ModelConfig, RopeScaling
 from megallama.model.packing import DocumentPacking
 
@@ -28,8 +28,7 @@ def inverse_frequencies(model: ModelConfig, *, seq_len: int) -> torch.Tensor:
     width = model.head_width
     theta, factor, original = model.rope_theta, model.rope_scaling_factor, model.rope_original_max_seq_len
     if model.rope_scaling == RopeScaling.dynamic:
-        stretch = factor * max(seq_len, original) / original - (factor - 1)
-        theta *= stretch ** (width / (width - 2))
+        theta = dynamic_theta(model, seq_len=seq_len)
     frequency = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     if model.rope_scaling == RopeScaling.linear:
         return frequency / factor

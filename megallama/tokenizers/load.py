@@ -214,7 +214,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             text = surface.decode("utf-8")
         except UnicodeDecodeError:
-            names = (_LETTER_OF_BYTE[b] if self._is_byte_level else f"<0x{b:02X}>" for b in surface)
+            names = (LETTER_OF_BYTE[b] if self._is_byte_level else f"<0x{b:02X}>" for b in surface)
             found = (self._tokenizer.token_to_id(name) for name in names)
             return [token for token in found if token is not None]
         # What a file may put before a text stands before the mark, and the mark merges with little.
@@ -262,8 +262,8 @@ def _letters_of_bytes() -> dict[int, str]:
     return {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-_LETTER_OF_BYTE = _letters_of_bytes()
-_BYTE_OF_LETTER = {letter: byte for byte, letter in _LETTER_OF_BYTE.items()}
+LETTER_OF_BYTE = _letters_of_bytes()
+_BYTE_OF_LETTER = {letter: byte for byte, letter in LETTER_OF_BYTE.items()}
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 

@@ -139,10 +139,10 @@ class RankTokenizer(Tokenizer):
             )
         self.path = path
         self.sha256 = digest.hexdigest()
-        self._family = family
+        self.family = family
         self._special = {number: name for name, number in family.special_tokens.items()}
         self._surfaces = {rank: token for token, rank in ranks.items()}
-        self._ranks = ranks
+        self.ranks = ranks
         try:
             self._encoding = tiktoken.Encoding(
                 path.name,
@@ -198,12 +198,12 @@ class RankTokenizer(Tokenizer):
 
     def split(self, surface: bytes) -> list[int]:
         """See `Tokenizer`."""
-        if surface in self._ranks:
-            return [self._ranks[surface]]
+        if surface in self.ranks:
+            return [self.ranks[surface]]
         try:
             return self._encoding.encode_ordinary(surface.decode("utf-8"))
         except UnicodeDecodeError:
-            return [self._ranks[surface[i : i + 1]] for i in range(len(surface))]
+            return [self.ranks[surface[i : i + 1]] for i in range(len(surface))]
 
     def _parts(self, text: str) -> Iterator[list[int]]:
         """Ids of `text`, with long runs of white space cut out where `_SPACES` cuts.
@@ -234,7 +234,7 @@ class RankTokenizer(Tokenizer):
         )
 
     def _normal(self, text: str) -> str:
-        form: Any = self._family.normalization
+        form: Any = self.family.normalization
         return unicodedata.normalize(form, text) if form else text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -189,8 +190,50 @@ def test_the_checkpoint_says_what_it_is(ground):
     (path,) = (ground.folder / "untied-grown" / "checkpoints").iterdir()
     reader = CheckpointReader(path, verify="first")
     assert (reader.step, reader.kinds) == (0, ["fp32"])
-    assert reader.state == {"expanded": {"old_vocab_size": OLD, "step": 6, "init": "mean"}}
+    assert reader.state == {
+        "expanded": {"old_vocab_size": OLD, "step": 6, "init": "mean"},
+        "source": {"dtype": "float32"},
+    }
     assert model_of_identity(reader.model, name="x", max_seq_len=32).vocab_size == ground.new_size
+
+
+@pytest.mark.parametrize("run", ["untied", "tied"])
+def test_a_grown_vocabulary_can_be_looked_at_before_training(ground, run, tmp_path, capsys):
+    """Old tokens are what they were: with only those to choose from, the same text comes out."""
+    from megallama.generate import Sampling, open_generator
+
+    texts = []
+    for name in (run, f"{run}-grown"):
+        generator = open_generator(ground.folder / name)
+        old = dataclasses.replace(generator, tokenizer=load_tokenizer(ground.old))
+        texts.append(old.continue_ids([5, 300], max_new_tokens=8, sampling=Sampling(temperature=0)))
+    assert texts[0] == texts[1]
+    grown = ground.folder / f"{run}-grown"
+    assert main(["generate", str(grown), "--prompt", "却说曹操", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("却说曹操")
+    assert main(["export", str(grown), "--output", str(tmp_path / "hf")]) == 0
+    assert main(["import", str(tmp_path / "hf"), "--output", str(tmp_path / "imported")]) == 0
+    back = dict(CheckpointReader(tmp_path / "imported" / "checkpoints" / "step-00000000").read_all())
+    for name, tensor in ground.tensors(f"{run}-grown").items():
+        rows = ground.new_size if name in (EMBEDDING, OUTPUT) else len(tensor)
+        assert torch.equal(back[name][:rows], tensor[:rows]), name
+    # A vocabulary that is grown again, after an import whose config.json is kept.
+    kept = tmp_path / "imported" / "huggingface" / "config.json"
+    assert main([*_grow(tmp_path / "imported", tmp_path / "more"), str(_one_more(ground, tmp_path))]) == 0
+    config = json.loads((tmp_path / "more" / "huggingface" / "config.json").read_text(encoding="utf-8"))
+    assert config == {**json.loads(kept.read_text(encoding="utf-8")), "vocab_size": ground.new_size + 1}
+    assert main(["export", str(tmp_path / "more"), "--output", str(tmp_path / "hf-more")]) == 0
+
+
+def _grow(source, output):
+    return ["expand-vocab", str(source), "--output", str(output), "--tokenizer"]
+
+
+def _one_more(ground, folder):
+    proto = SentencePieceTokenizer(ground.new).proto
+    proto.pieces.add(piece="曹操大笑曰", score=min(piece.score for piece in proto.pieces) - 1, type=1)
+    (folder / "one-more.model").write_bytes(proto.SerializeToString())
+    return folder / "one-more.model"
 
 
 def continued(ground, name, world_size, *extra):

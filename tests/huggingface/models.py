@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -54,13 +56,19 @@ FAMILIES = {
 
 
 def make_model(
-    name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **save: object
+    name: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    vocab_size: int | None = None,
+    **save: object,
 ) -> torch.nn.Module:
     """A model of the family with random weights, biases and norms, saved into `folder`."""
     import transformers
 
     kind, settings = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings})
+    sizes = {**SIZES, **settings, **({} if vocab_size is None else {"vocab_size": vocab_size})}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
     torch.manual_seed(sum(name.encode()))
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
@@ -120,3 +128,13 @@ def _forward(chunk, topology, config):
     if not topology.is_last_stage:
         dist.send(output.contiguous(), dst=peers[topology.pp_rank + 1])
     return output
+
+
+def changed_config(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of a model folder with other values in config.json; "absent" removes a key."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config.update(changes)
+    config = {key: value for key, value in config.items() if value != "absent"}
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target

@@ -16,19 +16,9 @@ from megallama.host.errors import ConfigError, UserError
 from megallama.huggingface.export_model import export_model
 from megallama.huggingface.import_model import import_model
 from megallama.trainer.init_from import source_problems
-from tests.huggingface.models import FAMILIES, make_model, our_logits, tokens
+from tests.huggingface.models import FAMILIES, changed_config, make_model, our_logits, tokens
 from tests.support.jobs import SMALL, metrics, overrides, train, write_dataset
 from tests.support.ranks import run_ranks
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """`<family>` as transformers saves it and `<family>-imported`, for every family."""
-    folder = tmp_path_factory.mktemp("models")
-    for name in FAMILIES:
-        make_model(name, folder / name)
-        import_model(folder / name, folder / f"{name}-imported", name=name)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -127,72 +117,6 @@ def test_an_import_holds_weights_only_and_pads_with_zeros(folder):
     assert not embedding[101:].any() and embedding[:101].all(dim=1).any()
 
 
-def changed_config(source, target, **changes):
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text())
-    config.update(changes)
-    config = {key: value for key, value in config.items() if value != "absent"}
-    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return target
-
-
-REFUSED = {
-    "unknown key": ({"a_new_idea": 3}, "a_new_idea (3) is unknown"),
-    "family": ({"model_type": "gemma2"}, "model_type ('gemma2') is not supported"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is supported"),
-    "attention bias": ({"attention_bias": True}, "attention_bias is True"),
-    "mlp bias": ({"mlp_bias": True}, "mlp_bias is True"),
-    "window": ({"sliding_window": 4096}, "sliding_window is 4096, only full attention (null)"),
-    "layer types": ({"layer_types": ["sliding_attention"] * 4}, "layer_types is"),
-    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
-    "partial rotation": (
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        "partial_rotary_factor other than 1",
-    ),
-    "long rope": (
-        {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
-        "rope_type 'longrope' is not supported",
-    ),
-    "rope key": (
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "alpha": 1}},
-        "alpha of the linear rope is unknown",
-    ),
-    "truncate": (
-        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
-        "truncate of the yarn rope is False",
-    ),
-    "two ropes": ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5.0}, "disagree"),
-    "missing size": ({"hidden_size": "absent"}, "hidden_size is missing"),
-    "wrong type": ({"hidden_size": "wide"}, "model.hidden_size"),
-    "wrong shape": ({"num_attention_heads": 3}, "model.num_heads (3) must be a multiple"),
-    "negative": ({"num_hidden_layers": -4}, "model.num_layers (-4) must be at least 1"),
-    "other weights": ({"intermediate_size": 128}, "is [96, 64], not [128, 64]"),
-    "fewer layers": ({"num_hidden_layers": 3}, "model.layers.3.input_layernorm.weight is unknown"),
-    "more layers": ({"num_hidden_layers": 5}, "model.layers.4.input_layernorm.weight is missing"),
-    "tie": ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_supported_is_named(name, folder, tmp_path, capsys):
-    changes, message = REFUSED[name]
-    source = changed_config(folder / "llama2", tmp_path / "changed", **changes)
-    code = main(["import", str(source), "--output", str(tmp_path / "out")])
-    error = capsys.readouterr().err
-    assert code == 2 and message in error and len(error.splitlines()) == 1, error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"], "something is left"
-
-
-def test_older_forms_of_the_rope_are_read(folder, tmp_path):
-    old = {"rope_type": "absent", "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    del old["rope_type"]
-    source = changed_config(
-        folder / "llama2", tmp_path / "old", rope_parameters="absent", rope_scaling=old, rope_theta=1e6
-    )
-    model = import_model(source, tmp_path / "out")
-    assert (model.rope_scaling.value, model.rope_scaling_factor, model.rope_theta) == ("yarn", 4.0, 1e6)
-
-
 def damage_truncate(folder):
     file = folder / "model-00002-of-00004.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
@@ -254,6 +178,48 @@ def test_damaged_folders_give_one_clear_message(name, sharded, tmp_path, capsys)
     error = capsys.readouterr().err
     assert code == 2 and message in error and len(error.splitlines()) == 1, error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"], "something is left"
+
+
+def listed_but_not_held(model, *names):
+    """The index names tensors that no file holds, in a file that is there and in one that is not."""
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"] |= dict(zip(names, (files[-1], "model-00009-of-00009.safetensors"), strict=False))
+    path.write_text(json.dumps(index), encoding="utf-8")
+
+
+def test_an_index_may_name_what_says_nothing_of_its_own(sharded, tmp_path, capsys):
+    """A tied head, and rotary frequencies, are left out by some writers, but not by their index."""
+    frequencies = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    for names in (("lm_head.weight", frequencies), (frequencies, "lm_head.weight")):
+        folder = tmp_path / names[0]
+        make_model("llama32", folder, max_shard_size="150KB")
+        import_model(folder, tmp_path / f"{names[0]}-plain")
+        listed_but_not_held(folder, *names)
+        import_model(folder, tmp_path / f"{names[0]}-listed")
+        for one, other in zip(
+            *(
+                CheckpointReader(tmp_path / f"{names[0]}-{kind}" / "checkpoints" / "step-00000000").read_all()
+                for kind in ("plain", "listed")
+            ),
+            strict=True,
+        ):
+            assert one[0] == other[0] and torch.equal(one[1], other[1])
+    untied = tmp_path / "untied"
+    shutil.copytree(sharded, untied)
+    (untied / "model.safetensors.index.json").unlink()
+    shutil.copyfile(sharded / "model.safetensors.index.json", untied / "model.safetensors.index.json")
+    listed_but_not_held(untied, "model.layers.0.bias")
+    assert main(["import", str(untied), "--output", str(tmp_path / "out")]) == 2
+    assert "lacks model.layers.0.bias, which model.safetensors.index.json says" in capsys.readouterr().err
+
+
+def test_the_folder_of_an_adapter_is_told_from_a_model(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}), "utf-8")
+    assert main(["import", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "holds an adapter (adapter_config.json; LoRA or another) of the model 'base'" in error
 
 
 def test_existing_output_is_refused(folder, tmp_path, capsys):

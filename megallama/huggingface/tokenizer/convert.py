@@ -1,0 +1,136 @@
+"""A `tokenizer.json` that cuts texts as a tiktoken rank file or a sentencepiece model does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+
+import tokenizers
+from megallama.huggingface.tokenizer.merges import list_merges
+from megallama.tokenizers.interface import SPACE_MARK, PieceKind, Tokenizer
+from megallama.tokenizers.load import LETTER_OF_BYTE, SentencePieceTokenizer
+from megallama.tokenizers.rank_files import RankTokenizer
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+_NORMALIZERS = {
+    "NFC": normalizers.NFC,
+    "NFD": normalizers.NFD,
+    "NFKC": normalizers.NFKC,
+    "NFKD": normalizers.NFKD,
+}
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer in Hugging Face's form; special tokens keep their ids and are read out of texts there."""
+    if isinstance(tokenizer, RankTokenizer):
+        made = _from_ranks(tokenizer)
+    else:
+        assert isinstance(tokenizer, SentencePieceTokenizer), tokenizer.name
+        made = _from_sentencepiece(tokenizer)
+    made.add_special_tokens(
+        [
+            AddedToken(tokenizer.label(token), normalized=False, special=True)
+            for token in range(tokenizer.vocab_size)
+            if tokenizer.kind(token) is PieceKind.special
+        ]
+    )
+    if tokenizer.begins_texts and tokenizer.bos_id is not None:
+        begin = tokenizer.label(tokenizer.bos_id)
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.bos_id)]
+        )
+    return made
+
+
+def _from_ranks(tokenizer: RankTokenizer) -> tokenizers.Tokenizer:
+    ranks, family = tokenizer.ranks, tokenizer.family
+
+    def letters(token: bytes) -> str:
+        return "".join(LETTER_OF_BYTE[byte] for byte in token)
+
+    merges = list_merges(sorted(ranks, key=lambda token: ranks[token]), ranks.get)
+    vocabulary = {letters(token): rank for token, rank in ranks.items()}
+    # In the vocabulary, because ids that are added follow it without gaps.
+    vocabulary |= family.special_tokens
+    pairs = [(letters(one), letters(other)) for one, other in merges]
+    # tiktoken takes a piece of the text that is a token as it is, whatever its merges would make of it.
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=True))
+    if family.normalization is not None:
+        made.normalizer = _NORMALIZERS[family.normalization]()
+    split = pre_tokenizers.Split(Regex(family.pattern), behavior="isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
+    trainer, spec = tokenizer.proto.trainer_spec, tokenizer.proto.normalizer_spec
+    is_bpe = trainer.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+    made = tokenizers.Tokenizer(_bpe(tokenizer) if is_bpe else _unigram(tokenizer))
+    users = [token for token in range(tokenizer.vocab_size) if tokenizer.kind(token) is PieceKind.user]
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps.append(normalizers.Replace(" ", SPACE_MARK))
+    made.normalizer = normalizers.Sequence(steps)
+    if spec.add_dummy_prefix:
+        # A normalizer would put one after every special token, too. The first step puts a space before the text, the
+        # second makes it a mark: with a mark at once, a text that begins with a space would get none.
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
+                pre_tokenizers.Metaspace(replacement=SPACE_MARK, prepend_scheme="never", split=False),
+            ]
+        )
+    ending = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *ending]
+    )
+    made.add_tokens(
+        [AddedToken(_text_of(tokenizer, token), normalized=False, special=False) for token in users]
+    )
+    return made
+
+
+def _text_of(tokenizer: SentencePieceTokenizer, token: int) -> str:
+    """The key of a token: user-defined ones are looked for in the text itself, where spaces are spaces."""
+    label = tokenizer.label(token)
+    return label.replace(SPACE_MARK, " ") if tokenizer.kind(token) is PieceKind.user else label
+
+
+def _bpe(tokenizer: SentencePieceTokenizer) -> models.BPE:
+    trainer = tokenizer.proto.trainer_spec
+    scores = {
+        tokenizer.label(token): -float(tokenizer.proto.pieces[token].score)
+        for token in range(tokenizer.vocab_size)
+        if tokenizer.kind(token) is PieceKind.normal
+    }
+    # Of pieces with one score the leftmost pair is joined first: a run of one character grows from the left, as here,
+    # where a longer piece comes first.
+    pieces = sorted(scores, key=lambda piece: (scores[piece], -len(piece)))
+    vocabulary = {_text_of(tokenizer, token): token for token in range(tokenizer.vocab_size)}
+    # sentencepiece also joins a character that is no piece; a tokenizer.json has no words for it.
+    merges = [
+        pair for pair in list_merges(pieces, scores.get) if pair[0] in vocabulary and pair[1] in vocabulary
+    ]
+    return models.BPE(
+        vocab=vocabulary,
+        merges=merges,
+        unk_token=tokenizer.label(trainer.unk_id),
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+    )
+
+
+def _unigram(tokenizer: SentencePieceTokenizer) -> models.Unigram:
+    trainer = tokenizer.proto.trainer_spec
+    pieces = [
+        (_text_of(tokenizer, token), float(tokenizer.proto.pieces[token].score))
+        for token in range(tokenizer.vocab_size)
+    ]
+    return models.Unigram(vocab=pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)

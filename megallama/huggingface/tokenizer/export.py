@@ -1,0 +1,104 @@
+"""The tokenizer of an exported folder: `tokenizer.json`, and beside it what transformers asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megallama.host.errors import UserError
+from megallama.huggingface.model_folder import read_json, write_json
+from megallama.huggingface.tokenizer.convert import tokenizer_json
+from megallama.tokenizers.files import (
+    HUGGING_FACE_FILE,
+    RANKS_SIDE_FILE,
+    copy_tokenizer,
+)
+from megallama.tokenizers.interface import PieceKind, Tokenizer
+from megallama.tokenizers.load import HuggingFaceTokenizer, load_tokenizer
+from megallama.tokenizers.rank_files import RankTokenizer
+
+SIDE_FILE = "tokenizer_config.json"
+
+_USUAL_PADDING = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+
+_OF_OTHER_CLASSES = (
+    "auto_map",
+    "legacy",
+    "sp_model_kwargs",
+    "add_prefix_space",
+    "tokenizer_file",
+    "vocab_file",
+)
+"""Keys of a tokenizer_config.json that belong to the class which the source had."""
+
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """What was written."""
+
+    tokenizer: Tokenizer
+    """The tokenizer of training."""
+    pad_id: int
+    """What fills shorter texts of a batch."""
+
+
+def write_tokenizer(source: Path, folder: Path, *, context: int) -> ExportedTokenizer:
+    """Write the tokenizer file `source` into `folder` with all that transformers needs to cut texts as training did.
+
+    A rank file becomes a tokenizer.json. A sentencepiece model gets one beside it. What the files beside the source
+    say is kept, and completed.
+
+    Args:
+        source: The tokenizer's file.
+        folder: Where it is written.
+        context: The most tokens that the model reads.
+
+    Raises:
+        UserError: the tokenizer cannot be read, or has no form in tokenizer.json.
+    """
+    tokenizer = load_tokenizer(source)
+    copied = copy_tokenizer(source, folder)
+    side = folder / SIDE_FILE
+    config: dict[str, Any] = read_json(side) if side.is_file() else {}
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        for name in (RANKS_SIDE_FILE, *([copied.name] if isinstance(tokenizer, RankTokenizer) else [])):
+            (folder / name).unlink(missing_ok=True)
+        try:
+            tokenizer_json(tokenizer).save(str(folder / HUGGING_FACE_FILE))
+        except Exception as error:  # the binding raises plain Exception for what it does not know
+            raise UserError(
+                f"tokenizer {source} has no form in {HUGGING_FACE_FILE} ({error}): put a {HUGGING_FACE_FILE} of the"
+                " same ids in its place"
+            ) from error
+        config = {key: value for key, value in config.items() if key not in _OF_OTHER_CLASSES}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    pad_id = _padding(tokenizer, config)
+    for key, token in (
+        ("bos_token", tokenizer.bos_id),
+        ("eos_token", tokenizer.eod_id),
+        ("pad_token", pad_id),
+    ):
+        if token is not None and config.get(key) is None:
+            config[key] = tokenizer.label(token)
+    usual = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    config = {**usual, **{key: value for key, value in config.items() if value is not None}}
+    write_json(side, config)
+    return ExportedTokenizer(tokenizer, pad_id)
+
+
+def _padding(tokenizer: Tokenizer, config: dict[str, Any]) -> int:
+    """The token that the source names, else one with a usual name, else the end token."""
+    named = config.get("pad_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    special = {
+        tokenizer.label(token): token
+        for token in range(tokenizer.vocab_size)
+        if tokenizer.kind(token) is PieceKind.special
+    }
+    return next((special[name] for name in (named, *_USUAL_PADDING) if name in special), tokenizer.eod_id)
