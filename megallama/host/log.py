@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -50,6 +52,25 @@ def stop_log(handler: logging.Handler) -> None:
     """Close what `start_log` opened."""
     logging.getLogger().removeHandler(handler)
     handler.close()
+
+
+@contextlib.contextmanager
+def stderr_in(path: Path) -> Iterator[None]:
+    """Standard error of this process goes to `path` for the block: programs that it starts there keep it so.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        sys.stderr.flush()
+        before = os.dup(2)
+        try:
+            os.dup2(file.fileno(), 2)
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def quiet_libraries() -> None:
