@@ -26,7 +26,7 @@ from megallama.config.schema import (
     ZeroConfig,
 )
 from megallama.host.errors import UserError
-from megallama.host.launch import read_launch_environment
+from megallama.host.launch import single_process
 from megallama.model.build import Stage, build_model
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
 from megallama.topology.connect import connect
@@ -91,11 +91,7 @@ def open_run(run_dir: Path) -> Iterator[tuple[RunConfig, Stage, Tokenizer]]:
     if not is_run:
         trained = dataclasses.replace(trained, precision=PrecisionConfig(dtype=_format_of_import(checkpoint)))
     config = dataclasses.replace(trained, parallel=ParallelConfig(), zero=ZeroConfig(stage=0))
-    environment = read_launch_environment()
-    if environment.world_size != 1:
-        raise UserError(
-            f"generate runs in one process (world size {environment.world_size}): start it without torchrun"
-        )
+    environment = single_process("megallama generate")
     with connect(config.parallel, environment=environment) as topology:
         stage = build_model(
             config.model,
