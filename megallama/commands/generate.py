@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megallama.commands.parser import Commands, whole_number
+from megallama.commands.parser import Commands, text, whole_number
 
 
 def add(commands: Commands) -> None:
     """Add `megallama generate` to the command line."""
     generate = commands.add_parser("generate", help="continue a prompt with the newest checkpoint of a run")
     generate.add_argument("run_dir", type=Path, help="folder of a run, or of an imported model")
-    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--prompt", type=text, required=True)
     generate.add_argument("--max-new-tokens", type=whole_number(least=0), default=200)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     generate.add_argument(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megallama.config.names import GROUPS
 from megallama.host.errors import UserError
+from megallama.host.utf8 import is_text, why_no_text
 
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig
@@ -35,7 +36,14 @@ class CommandLine:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> CommandLine:
-        """From the options of a parser that `add_run_words` was called with."""
+        """From the options of a parser that `add_run_words` was called with.
+
+        Raises:
+            UserError: a word is no text.
+        """
+        for word in options.overrides:
+            if not is_text(word):
+                raise UserError(f"word {why_no_text(word)}")
         shows = [*options.shows, *options.hydra] if getattr(options, "shows", ()) else []
         return cls(options.overrides, options.multirun, options.config_dir, shows)
 

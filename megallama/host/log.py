@@ -19,7 +19,7 @@ def start_log(folder: Path, *, rank: int) -> logging.Handler:
     Returns the handler, to be closed with `stop_log`: a process that runs several jobs has a log for each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handler = _FileHandler(folder / f"rank-{rank:05d}.log", encoding="utf-8")
+    handler = _FileHandler(folder / f"rank-{rank:05d}.log", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)
