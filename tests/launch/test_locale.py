@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 
 from megallama.cli import main
-from megallama.config.command_line import CommandLine
-from megallama.host.errors import UserError
 from megallama.host.utf8 import text_of, use_utf8
 from tests.launch.conftest import Workplace
 
@@ -34,8 +32,6 @@ def test_text_that_is_not_utf8_is_one_message(capsys: pytest.CaptureFixture[str]
         assert code == 2, command
         last = capsys.readouterr().err.splitlines()[-1]
         assert "\\udcc4\\udce3' is not in UTF-8: type it in a terminal that is set to UTF-8" in last, last
-    with pytest.raises(UserError, match="is not in UTF-8"):
-        CommandLine([f"model={BYTES}"]).load_runs()
     assert text_of("你 😀") == "你 😀"
 
 
@@ -98,9 +94,8 @@ def test_the_way_from_text_to_text_in_a_gbk_locale(gbk: dict[str, str], workplac
     command("prepare", "corpus", "--tokenizer", "tokenizer", "--output", "again", "--workers", "2")
     words = [word for word in workplace.arguments if not word.startswith("train.run_dir")]
     command("train", "--nproc-per-node", "1", *words, "train.run_dir=运行")
-    assert (
-        "train.run_dir"
-        not in (workplace.folder / "运行".encode("gbk").decode("utf-8", "surrogateescape")).name
+    assert os.fsencode(workplace.folder) + "/运行".encode("gbk") in map(
+        os.fsencode, workplace.folder.iterdir()
     )
     for prompt in ("语言模型".encode("gbk"), "语言模型".encode()):
         said = command("generate", "运行", "--prompt", prompt, "--max-new-tokens", "40", "--temperature", "3")
