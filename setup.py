@@ -66,6 +66,9 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "hydra-joblib-launcher>=1.2",  # launchers and a sweeper of megallama train --multirun
+            "hydra-submitit-launcher>=1.2",
+            "hydra-optuna-sweeper>=1.3",
             "ruff>=0.11",
             "mypy>=1.15",
             "transformers>=4.50",

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.host.log import quiet_libraries
+from megallama.host.utf8 import use_utf8
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = Path("build/demo")
@@ -37,6 +38,7 @@ PACKAGES = (
 
 def main() -> int:
     """Run the steps; returns the exit code of the first that fails."""
+    use_utf8()
     os.chdir(ROOT)
     quiet_libraries()
     begun = time.monotonic()

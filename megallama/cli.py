@@ -24,6 +24,7 @@ from megallama.commands import (
 from megallama.commands.parser import CommandParser
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.log import quiet_libraries
+from megallama.host.utf8 import use_utf8
 from megallama.host.version import version
 
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0, 1 where a command looked for differences or damage and found some, 2 for something that the user can mend,
     130 for ctrl-c.
     """
+    use_utf8()
     options = _parser().parse_args(arguments)
     quiet_libraries()
     try:

@@ -15,6 +15,7 @@ from megallama.config.command_line import CommandLine, add_run_words, add_shows
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.launch import LaunchEnvironment, read_launch_environment, tell_libraries
 from megallama.host.log import quiet_libraries
+from megallama.host.utf8 import use_utf8
 from megallama.preflight import check_job
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str], *, hooks: Sequence[Hook] = (), disk: Disk | N
     A program of one's own may give every run `hooks` and a `disk`, as `Trainer.from_config` takes them.
     """
     environment = LaunchEnvironment()
+    use_utf8()
     quiet_libraries()
     try:
         environment = read_launch_environment()

@@ -17,6 +17,7 @@ from megallama.checkpoint.format.integrity import latest_checkpoint
 from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.config.schema import ModelConfig
 from megallama.host.errors import UserError
+from megallama.host.launch import refuse_several
 from megallama.huggingface.checkpoint_source import (
     format_of_checkpoint,
     model_of_checkpoint,
@@ -224,6 +225,7 @@ def generate(
     Raises:
         UserError: as `open_generator`; senseless settings; a prompt that the model has no ids for.
     """
+    refuse_several("megallama generate")
     sampling = sampling or Sampling()
     sampling.check()
     if max_new_tokens < 1:

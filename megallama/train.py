@@ -123,7 +123,6 @@ class Trainer:
                 engine=engine,
                 loader=self._loader(topology),
                 folder=folder,
-                environment=self.environment,
                 hooks=self.hooks,
                 disk=self.disk,
             )

@@ -25,7 +25,8 @@ def _check(options: argparse.Namespace) -> None:
     from megallama.model.counts import count_parameters
     from megallama.preflight import check_runs
 
-    configs = CommandLine.of(options).load_runs()
+    line = CommandLine.of(options)
+    configs = line.load_sweep()[1] if line.is_multirun else line.load_runs()
     check_runs(configs, world_size=options.world_size)
     for config in configs:
         model, train = config.model, config.train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megallama.commands.parser import Commands, whole_number
+from megallama.commands.parser import Commands, text, whole_number
 
 
 def add(commands: Commands) -> None:
@@ -14,7 +14,7 @@ def add(commands: Commands) -> None:
     generate.add_argument(
         "run_dir", type=Path, help="folder of a run, of an imported model or of a grown vocabulary"
     )
-    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--prompt", type=text, required=True)
     generate.add_argument("--max-new-tokens", type=whole_number(least=0), default=200)
     generate.add_argument(
         "--temperature", type=float, default=None, help="0: always the likeliest token (default: 0.8)"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megallama.host.errors import UserError
+from megallama.host.utf8 import text_of
 
 if TYPE_CHECKING:
     from megallama.corpus.corpus import Documents
@@ -44,6 +45,14 @@ def whole_number(*, least: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def text(argument: str) -> str:
+    """The type of an argument that is text, not the name of a file."""
+    try:
+        return text_of(argument)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -103,12 +112,14 @@ def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = Tr
     )
     parser.add_argument(
         "--separator",
+        type=text,
         default="",
         metavar="LINE",
         help="text files: documents end at lines that are exactly this",
     )
     parser.add_argument(
         "--text-field",
+        type=text,
         default="text",
         help="field of a JSON line, or column of a .parquet file, that holds the text; data.text for one inside",
     )

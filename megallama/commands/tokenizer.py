@@ -9,6 +9,7 @@ from megallama.commands.parser import (
     add_corpus_options,
     documents_of,
     positive_number,
+    text,
     whole_number,
 )
 
@@ -21,7 +22,9 @@ def add(commands: Commands) -> None:
     _add_merge(actions)
     inspect = actions.add_parser("inspect", help="show what a tokenizer is made of and how it cuts text")
     inspect.add_argument("tokenizer", help="tokenizer file or its folder")
-    inspect.add_argument("--text", action="append", default=[], help="text to cut (default: samples)")
+    inspect.add_argument(
+        "--text", type=text, action="append", default=[], help="text to cut (default: samples)"
+    )
     inspect.set_defaults(command=_inspect_tokenizer)
 
 
@@ -45,7 +48,12 @@ def _add_train(actions: Commands) -> None:
     train.add_argument("--no-split-digits", action="store_true", help="let numbers be tokens")
     train.add_argument("--no-byte-fallback", action="store_true", help="lose characters without an id")
     train.add_argument(
-        "--user-symbol", action="append", default=[], metavar="TEXT", help="text that is always one token"
+        "--user-symbol",
+        type=text,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text that is always one token",
     )
     train.add_argument(
         "--sample-mb", type=positive_number, default=100.0, help="most text to train on, in MB"

@@ -52,6 +52,11 @@ def initialize(
         engine, _, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
+    # At the least loss scale it would raise a plain Exception in the middle of a step, on which no rank can agree. No
+    # setting of its configuration says otherwise.
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None and scaler.dynamic:
+        scaler.raise_error_at_min_scale = False
     return engine
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from megallama.config.built_kernels import refusal, why_not_built
 from megallama.config.load import load_yaml
 from megallama.config.same_model import differing_settings
-from megallama.config.schema import AdamKernel, NormKernel, RunConfig, SourceConfig
+from megallama.config.schema import RunConfig, SourceConfig
 from megallama.config.typed import plain
 from megallama.host.errors import ConfigError, UserError
 
@@ -215,14 +215,8 @@ def check_same_model(config: RunConfig) -> Iterator[str]:
 
 
 def check_kernels(config: RunConfig) -> Iterator[str]:
-    """Kernels that are asked for by name are installed."""
-    asked = []
-    if config.kernels.norm is NormKernel.apex:
-        asked.append("norm")
-    if config.kernels.adam is AdamKernel.apex:
-        asked.append("adam")
-    if asked and importlib.util.find_spec("apex") is None:
-        yield from (
-            f"kernels.{name} (apex) needs NVIDIA apex, which is not installed: use kernels.{name}=auto"
-            for name in asked
-        )
+    """Kernels that are asked for by name are built here."""
+    for field in dataclasses.fields(config.kernels):
+        name = getattr(config.kernels, field.name).value
+        if reason := why_not_built(field.name, name):
+            yield refusal(field.name, name, reason)

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 from megallama.config.names import GROUPS
 from megallama.host.errors import UserError
+from megallama.host.utf8 import is_text, why_no_text
 
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig
+    from megallama.config.sweep import Sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,14 @@ class CommandLine:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> CommandLine:
-        """From the options of a parser that `add_run_words` was called with."""
+        """From the options of a parser that `add_run_words` was called with.
+
+        Raises:
+            UserError: a word is no text.
+        """
+        for word in options.overrides:
+            if not is_text(word):
+                raise UserError(f"word {why_no_text(word)}")
         shows = [*options.shows, *options.hydra] if getattr(options, "shows", ()) else []
         return cls(options.overrides, options.multirun, options.config_dir, shows)
 
@@ -52,18 +61,37 @@ class CommandLine:
             ConfigError: as `load_config` and `expand_sweep`.
             UserError: `config_dir` is no such folder.
         """
-        from megallama.config.load import expand_sweep, load_config
+        from megallama.config.load import load_config
+        from megallama.config.overrides import HydraUse
+        from megallama.config.sweep import expand_sweep
 
         folder = self.config_dir
         _check_folder(folder)
         if not self.is_multirun:
             return [load_config(self.overrides, extra_conf_dir=folder)]
-        configs = []
-        for index, words in enumerate(expand_sweep(self.overrides, extra_conf_dir=folder)):
-            config = load_config(words, extra_conf_dir=folder)
-            train = dataclasses.replace(config.train, run_dir=f"{config.train.run_dir}/{index}")
-            configs.append(dataclasses.replace(config, train=train))
-        return configs
+        jobs = expand_sweep(self.overrides, extra_conf_dir=folder)
+        return [
+            load_config(words, extra_conf_dir=folder, use=HydraUse.jobs, job=number)
+            for number, words in enumerate(jobs)
+        ]
+
+    def load_sweep(self) -> tuple[Sweep, list[RunConfig]]:
+        """The sweep of a multirun that Hydra's own plugins do, and those of its runs that are known before.
+
+        Raises:
+            ConfigError, UserError: as `load_runs`, and `load_sweep`.
+        """
+        from megallama.config.load import load_config
+        from megallama.config.overrides import HydraUse
+        from megallama.config.sweep import load_sweep
+
+        folder = self.config_dir
+        _check_folder(folder)
+        sweep = load_sweep(self.overrides, extra_conf_dir=folder)
+        return sweep, [
+            load_config(words, extra_conf_dir=folder, use=HydraUse.sweep, job=number)
+            for number, words in enumerate(sweep.jobs)
+        ]
 
     def show(self) -> None:
         """Let Hydra print what `shows` asks for.
@@ -73,7 +101,8 @@ class CommandLine:
         """
         import hydra
 
-        from megallama.config.load import CONF_DIR, ROOT, hydra_words
+        from megallama.config.load import CONF_DIR, ROOT
+        from megallama.config.sweep import hydra_words
 
         words = hydra_words(self.overrides, extra_conf_dir=self.config_dir)
         flags = dataclasses.replace(self, overrides=()).words

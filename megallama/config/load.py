@@ -13,16 +13,19 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
-from megallama.compat.hydra import split_sweep
 from megallama.config.names import field_types, listing
-from megallama.config.overrides import parse_overrides
+from megallama.config.overrides import HydraUse, parse_overrides
 from megallama.config.schema import ModelConfig, RunConfig, SourceConfig
 from megallama.config.typed import Problems, build, defaults, plain, type_name
 from megallama.host.errors import ConfigError
@@ -47,6 +50,8 @@ def load_config(
     conf_dir: Path = CONF_DIR,
     extra_conf_dir: Path | None = None,
     working_dir: Path | None = None,
+    use: HydraUse = HydraUse.run,
+    job: int = 0,
 ) -> RunConfig:
     """The run that `overrides` describe.
 
@@ -55,17 +60,19 @@ def load_config(
         conf_dir: Folder with config.yaml, model/ and exp/.
         extra_conf_dir: A user's own folder with model/ or exp/ files, searched as well.
         working_dir: Folder that relative paths start from; default: the current one.
+        use: What is started: one run, or several, each of which has a folder of its own.
+        job: Number of the run among several.
 
     Raises:
         ConfigError: unknown keys or names, wrong types, missing values; all that were found.
     """
     base = (working_dir or Path.cwd()).absolute()
-    with _hydra(conf_dir):
-        options = _options_with(extra_conf_dir)
-        parsed = parse_overrides(overrides, group_options=options, allow_sweep=False)
+    with open_hydra(conf_dir):
+        options = options_with(extra_conf_dir)
+        parsed = parse_overrides(overrides, group_options=options, use=use)
         parsed.problems.extend(_ambiguous(parsed.overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir))
         words = [str(override.input_line) for override in parsed.overrides]
-        values = _compose(words + _search_path(extra_conf_dir), problems=parsed.problems)
+        values = _compose(words + search_path(extra_conf_dir), use=use, job=job, problems=parsed.problems)
         problems = Problems(list(parsed.problems))
         config = build(RunConfig, values, problems=problems, origin=_origin(parsed.overrides))
         # A name that does not exist leaves everything empty that its file would have set.
@@ -77,43 +84,6 @@ def load_config(
     if messages or config is None:
         raise ConfigError(messages)
     return with_absolute_paths(config, base=base)
-
-
-def hydra_words(
-    overrides: Sequence[str], *, conf_dir: Path = CONF_DIR, extra_conf_dir: Path | None = None
-) -> list[str]:
-    """`overrides` in the form that Hydra itself understands, sweeps included.
-
-    Raises:
-        ConfigError: words that cannot be understood.
-    """
-    with _hydra(conf_dir):
-        loader = GlobalHydra.instance().config_loader()
-        options = _options_with(extra_conf_dir)
-        parsed = parse_overrides(overrides, group_options=options, allow_sweep=True, loader=loader)
-    if parsed.problems:
-        raise ConfigError(parsed.problems)
-    return [str(override.input_line) for override in parsed.overrides]
-
-
-def expand_sweep(
-    overrides: Sequence[str], *, conf_dir: Path = CONF_DIR, extra_conf_dir: Path | None = None
-) -> list[list[str]]:
-    """The command line of each job of a multirun: every combination of the values, in Hydra's order.
-
-    Raises:
-        ConfigError: a word cannot be understood or expanded.
-    """
-    words = hydra_words(overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir)
-    with _hydra(conf_dir):
-        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        try:
-            jobs = split_sweep(parser.parse_overrides(words))
-        except HydraException as error:
-            raise ConfigError(
-                [f"the sweep cannot be expanded ({error}): list the values, as in optim.lr=1e-4,3e-4"]
-            ) from error
-    return jobs
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -217,7 +187,8 @@ def with_absolute_paths(config: RunConfig, *, base: Path) -> RunConfig:
 
 
 @contextmanager
-def _hydra(conf_dir: Path) -> Iterator[None]:
+def open_hydra(conf_dir: Path) -> Iterator[None]:
+    """Hydra with the files of `conf_dir`, for the block."""
     if not (conf_dir / f"{ROOT}.yaml").is_file():
         raise ConfigError(
             [f"configuration folder {conf_dir} has no {ROOT}.yaml: name the repository's conf/ folder"]
@@ -226,15 +197,48 @@ def _hydra(conf_dir: Path) -> Iterator[None]:
         yield
 
 
-def _compose(words: list[str], *, problems: list[str]) -> Any:
+def _compose(words: list[str], *, use: HydraUse, job: int, problems: list[str]) -> Any:
     """Plain values of the composed tree; what Hydra cannot do is added to `problems`."""
+    is_job = use is not HydraUse.run
+    numbered = [f"hydra.job.num={job}", f"hydra.job.id='{job}'"] if is_job else []
+    before = HydraConfig.instance().cfg
     try:
-        return OmegaConf.to_container(compose(ROOT, overrides=words), resolve=True)
+        composed = compose(ROOT, overrides=words + numbered, return_hydra_config=True)
+        chosen = composed.hydra.runtime.choices
+        HydraConfig.instance().set_config(composed)
+        folder = _run_folder(composed.hydra, is_job=is_job)
+        values: dict[Any, Any] = {
+            key: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+            for key, node in composed.items()
+            if key != "hydra"
+        }
     except (HydraException, OmegaConfBaseException) as error:
         problems.append(
             f"the configuration cannot be composed ({' '.join(str(error).split())}): correct what it names"
         )
         raise ConfigError(problems) from error
+    finally:
+        HydraConfig.instance().cfg = before
+    if folder and isinstance(values.get("train"), dict):
+        values["train"]["run_dir"] = folder
+    if use is HydraUse.jobs:
+        problems += [
+            f"{group}={chosen[group]} cannot start runs from within the ranks: start the sweep with"
+            " megallama train --multirun on one machine"
+            for group in ("hydra/launcher", "hydra/sweeper")
+            if chosen[group] != "basic"
+        ]
+    return values
+
+
+def _run_folder(hydra: DictConfig, *, is_job: bool) -> str:
+    """The run's folder as Hydra names it; empty where it cannot be told."""
+    try:
+        if not is_job:
+            return str(hydra.run.dir)
+        return os.path.join(str(hydra.sweep.dir), str(hydra.sweep.subdir))
+    except (MissingMandatoryValue, InterpolationToMissingValueError):
+        return ""
 
 
 def _ambiguous(
@@ -252,14 +256,16 @@ def _ambiguous(
         yield f"{group}={name} is both in {own.parent} and in {shipped.parent}: rename {own} and give its new name"
 
 
-def _search_path(extra_conf_dir: Path | None) -> list[str]:
+def search_path(extra_conf_dir: Path | None) -> list[str]:
+    """The word that makes Hydra search a user's own folder too."""
     if extra_conf_dir is None:
         return []
     quoted = str(extra_conf_dir.absolute()).replace("\\", "\\\\").replace("'", "\\'")
     return [f"hydra.searchpath=['file://{quoted}']"]
 
 
-def _options_with(extra_conf_dir: Path | None) -> Callable[[str], list[str]]:
+def options_with(extra_conf_dir: Path | None) -> Callable[[str], list[str]]:
+    """Names of the files in a group of the open `conf/` and of a user's own folder."""
     loader = GlobalHydra.instance().config_loader()
 
     def options(group: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -20,6 +21,31 @@ from megallama.config.schema import RunConfig
 
 # What may stand unquoted in a value, with whole interpolations; Hydra's grammar knows only ASCII in it.
 _RUN = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?:\$\{[^}]*\}|[^,\[\]{}():'"])+""")
+
+
+class HydraUse(Enum):
+    """Which of Hydra's own settings have an effect on what is started. The others are refused by name."""
+
+    run = "run"
+    """One run: its folder and where its files are searched."""
+    jobs = "jobs"
+    """Several runs, one after another on the same ranks, which torchrun started."""
+    sweep = "sweep"
+    """Hydra's own sweeper and launcher start the runs."""
+    shown = "shown"
+    """Nothing is started: Hydra shows what the words amount to."""
+
+
+_NUMBER_OF_JOB = ("hydra.job.num", "hydra.job.id")
+_EFFECTIVE = {
+    HydraUse.run: ("hydra.run.dir", "hydra.searchpath", *_NUMBER_OF_JOB),
+    HydraUse.jobs: ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.searchpath"),
+}
+_BASIC = ("hydra/launcher=basic", "hydra/sweeper=basic")
+_HYDRA_REMEDY = {
+    HydraUse.run: "leave it out, or start a sweep of runs with megallama train --multirun",
+    HydraUse.jobs: "leave it out, or start the sweep with megallama train --multirun on one machine",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +62,7 @@ def parse_overrides(
     words: Sequence[str],
     *,
     group_options: Callable[[str], Sequence[str]],
-    allow_sweep: bool,
+    use: HydraUse,
     loader: ConfigLoader | None = None,
 ) -> ParsedOverrides:
     """The overrides in `words`, and everything that is wrong with them.
@@ -44,7 +70,7 @@ def parse_overrides(
     Args:
         words: As typed, e.g. "optim.lr=1e-4".
         group_options: Names of the files in a group of `conf/`.
-        allow_sweep: Whether a word may hold several values, as under --multirun.
+        use: What is started: whether a word may hold several values, and which of Hydra's settings count.
         loader: Hydra's, which expands "model=glob(llama*)".
     """
     parser = OverridesParser.create(loader)
@@ -61,7 +87,7 @@ def parse_overrides(
         if not override.key_or_group:
             result.problems.append(f"override {word!r} names no setting: write section.setting=value")
             continue
-        problem = _problem(override, word=word, group_options=group_options, allow_sweep=allow_sweep)
+        problem = _problem(override, word=word, group_options=group_options, use=use)
         if problem:
             result.problems.append(problem)
         else:
@@ -91,14 +117,14 @@ def _quote_non_ascii(match: re.Match[str]) -> str:
 
 
 def _problem(
-    override: Override, *, word: str, group_options: Callable[[str], Sequence[str]], allow_sweep: bool
+    override: Override, *, word: str, group_options: Callable[[str], Sequence[str]], use: HydraUse
 ) -> str | None:
     key = override.key_or_group
     if override.is_hydra_override():
-        return None
+        return _hydra_problem(override, word=word, use=use)
     if override.is_delete():
         return f"{word}: a setting cannot be removed; give it another value, or null where that is allowed"
-    if override.is_sweep_override() and not allow_sweep:
+    if override.is_sweep_override() and use is HydraUse.run:
         return f"{word} names several values: add --multirun to run them one after another, or choose one"
     if key in GROUPS:
         return _group_problem(override, group_options=group_options)
@@ -116,6 +142,23 @@ def _problem(
     if override.is_add():
         return f"{word}: {key} exists already: write it without +"
     return None
+
+
+def _hydra_problem(override: Override, *, word: str, use: HydraUse) -> str | None:
+    key = override.key_or_group
+    if use is HydraUse.sweep:
+        if key == "hydra.run.dir":
+            return (
+                f"{word}: the runs of a sweep have folders of their own: set hydra.sweep.dir or train.run_dir"
+            )
+        if key == "hydra.job.chdir" and override.value() is not False:
+            return f"{word}: relative paths start at the folder of the command: leave it out"
+        if key == "hydra.mode":
+            return f"{word}: --multirun says it already: leave it out"
+    if use not in _EFFECTIVE or key in _EFFECTIVE[use] or (use is HydraUse.jobs and word in _BASIC):
+        return None
+    what = "one run" if use is HydraUse.run else "runs one after another on the same ranks"
+    return f"{word} would change nothing here, for {what}: {_HYDRA_REMEDY[use]}"
 
 
 def _group_problem(override: Override, *, group_options: Callable[[str], Sequence[str]]) -> str | None:

@@ -432,9 +432,10 @@ class LogConfig:
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
     wandb: WandbMode = WandbMode.auto
-    """Weights & Biases mode. auto: online if WANDB_API_KEY is set, else offline in the run folder. It never prompts."""
-    wandb_project: str = "megallama"
-    """Name of the Weights & Biases project."""
+    """Weights & Biases mode. auto: as WANDB_MODE and W&B's settings file say; where they say nothing, online if there
+    is a key (`wandb login`, WANDB_API_KEY), else offline in the run folder. It never prompts."""
+    wandb_project: str | None = None
+    """Name of the Weights & Biases project. Null: WANDB_PROJECT, else megallama."""
     traffic: bool = False
     """Record the bytes of every collective and send of rank 0 as metrics `traffic/...`, by group, operation and
     format."""

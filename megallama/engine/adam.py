@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from megallama.config.built_kernels import refusal, why_not_built
 from megallama.config.schema import OptimConfig
 from megallama.host.errors import UserError
 
@@ -38,10 +38,9 @@ def build_adam(groups: list[dict[str, Any]], optim: OptimConfig, *, kernel: str)
     """
     settings = dict(lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     if kernel == "apex":
-        if not torch.cuda.is_available() or importlib.util.find_spec("amp_C") is None:
-            raise UserError(
-                "kernels.adam (apex) cannot run: it needs CUDA and NVIDIA apex (see docker/); use kernels.adam=auto"
-            )
+        reason = why_not_built("adam", kernel) if torch.cuda.is_available() else "there is no CUDA device"
+        if reason:
+            raise UserError(refusal("adam", kernel, reason))
         from apex.optimizers import FusedAdam
 
         optimizer: torch.optim.Optimizer = FusedAdam(groups, adam_w_mode=True, **settings)

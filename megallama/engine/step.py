@@ -54,6 +54,10 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return result
 
 
+MIN_LOSS_SCALE = 1
+"""The fp16 loss scale goes no lower: a gradient that overflows there is one of the model, not of the scale."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Numbers of one optimizer step, equal on every rank."""

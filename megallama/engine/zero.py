@@ -35,6 +35,7 @@ import torch.distributed as dist
 from megallama.compat import deepspeed as compat
 from megallama.config.schema import Dtype, PrecisionConfig, ZeroConfig
 from megallama.engine.local_gradients import LocalGradients
+from megallama.engine.step import MIN_LOSS_SCALE
 from megallama.topology.groups import DeepSpeedGroups, Topology
 
 REDUCE_BUCKET_ELEMENTS = 25_000_000
@@ -301,6 +302,6 @@ def deepspeed_config(
             "initial_scale_power": int(math.log2(precision.initial_loss_scale)),
             "loss_scale_window": precision.loss_scale_window,
             "hysteresis": 1,
-            "min_loss_scale": 1,
+            "min_loss_scale": MIN_LOSS_SCALE,
         }
     return settings

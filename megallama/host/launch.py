@@ -30,8 +30,24 @@ class LaunchEnvironment:
     """Host of the rendezvous."""
     master_port: int = 29500
     """TCP port of the rendezvous."""
-    has_wandb_key: bool = False
-    """Whether WANDB_API_KEY is set."""
+
+
+def is_under_torchrun() -> bool:
+    """Whether torchrun started this process. Pods set RANK and WORLD_SIZE too, torchrun's own variables nobody else."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def refuse_several(command: str) -> None:
+    """That a command which is one process was not started several times; WORLD_SIZE alone may be that of a pod.
+
+    Raises:
+        UserError: torchrun started several of them.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if is_under_torchrun() and size != "1":
+        raise UserError(
+            f"{command} runs in one process, and torchrun started {size}: start it without torchrun"
+        )
 
 
 def read_launch_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvironment:
@@ -44,10 +60,9 @@ def read_launch_environment(variables: Mapping[str, str] | None = None) -> Launc
         UserError: variables that are missing, no numbers, or contradict each other.
     """
     env = os.environ if variables is None else variables
-    has_wandb_key = bool(env.get("WANDB_API_KEY"))
     if "RANK" not in env and "WORLD_SIZE" not in env:
-        _refuse_other_launchers(env)
-        return LaunchEnvironment(has_wandb_key=has_wandb_key)
+        refuse_copies(env)
+        return LaunchEnvironment()
     world_size = _number(env, "WORLD_SIZE")
     rank = _number(env, "RANK")
     # A launcher that sets only the global pair is taken to mean one node.
@@ -83,7 +98,6 @@ def read_launch_environment(variables: Mapping[str, str] | None = None) -> Launc
         local_world_size=local_world_size,
         master_addr=env.get("MASTER_ADDR", LaunchEnvironment.master_addr),
         master_port=master_port,
-        has_wandb_key=has_wandb_key,
     )
 
 
@@ -91,7 +105,13 @@ def _number(env: Mapping[str, str], name: str, *, default: int | None = None) ->
     text = env.get(name)
     if text is None:
         if default is None:
-            raise UserError(f"{name} is not set though RANK or WORLD_SIZE is: {_LAUNCHED_BY}")
+            set_ones = " and ".join(
+                f"{other} ({env[other]})" for other in ("RANK", "WORLD_SIZE") if other in env
+            )
+            raise UserError(
+                f"{name} is not set though {set_ones} is, which a pod may have set: {_LAUNCHED_BY}, or unset"
+                " RANK and WORLD_SIZE for a run of one process"
+            )
         return default
     try:
         return int(text)
@@ -99,8 +119,15 @@ def _number(env: Mapping[str, str], name: str, *, default: int | None = None) ->
         raise UserError(f"{name} ({text!r}) must be an integer: {_LAUNCHED_BY}") from None
 
 
-def _refuse_other_launchers(env: Mapping[str, str]) -> None:
-    """Many copies that each believe to be alone would write into one run folder."""
+def refuse_copies(variables: Mapping[str, str] | None = None) -> None:
+    """Many copies that each believe to be alone would write into one run folder.
+
+    Raises:
+        UserError: srun, mpirun or mpiexec started this process more than once, without RANK and WORLD_SIZE.
+    """
+    env = os.environ if variables is None else variables
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return
     for name, launcher in _OTHER_LAUNCHERS.items():
         count = env.get(name, "1")
         if count.isdecimal() and int(count) > 1:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -17,7 +19,7 @@ def start_log(folder: Path, *, rank: int) -> logging.Handler:
     Returns the handler, to be closed with `stop_log`: a process that runs several jobs has a log for each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handler = _FileHandler(folder / f"rank-{rank:05d}.log", encoding="utf-8")
+    handler = _FileHandler(folder / f"rank-{rank:05d}.log", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -50,6 +52,25 @@ def stop_log(handler: logging.Handler) -> None:
     """Close what `start_log` opened."""
     logging.getLogger().removeHandler(handler)
     handler.close()
+
+
+@contextlib.contextmanager
+def stderr_in(path: Path) -> Iterator[None]:
+    """Standard error of this process goes to `path` for the block: programs that it starts there keep it so.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        sys.stderr.flush()
+        before = os.dup(2)
+        try:
+            os.dup2(file.fileno(), 2)
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def quiet_libraries() -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S = 240.0
 
 PRELOAD = (
+    "megallama.host.preload",
     *("torch", "torch.distributed", "deepspeed", "megallama.train", "megallama.verification.job"),
     # What DeepSpeed imports only when an engine is built: nearly half of the time of a small job.
     *(

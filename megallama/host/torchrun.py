@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from megallama.host.errors import EXIT_USER_ERROR, UserError
+from megallama.host.launch import is_under_torchrun, refuse_copies
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -97,20 +98,38 @@ def refuse_other_launcher(*, is_one_node: bool) -> None:
     """Ranks that start ranks: each rank would be a whole job.
 
     Raises:
-        UserError: torchrun started this process; or srun or mpirun did, many times over, for a job of one node.
+        UserError: torchrun started this process; or another launcher did, many times over, for a job of one node.
     """
-    from megallama.host.launch import read_launch_environment
-
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if is_under_torchrun():
         raise UserError(
             "megallama train starts the ranks itself, but torchrun started this process: start it without torchrun,"
             " or give torchrun launch/train.py"
         )
-    if is_one_node and (world_size := read_launch_environment().world_size) > 1:
+    if not is_one_node:
+        return
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        node = os.environ.get("RANK", "<number of this machine, from 0>")
+        host = os.environ.get("MASTER_ADDR", "<first machine>")
+        port = os.environ.get("MASTER_PORT", "<port>")
         raise UserError(
-            f"megallama train starts the ranks itself, but WORLD_SIZE ({world_size}) says that this process is one of"
-            " them: unset RANK and WORLD_SIZE, or let the launcher start launch/train.py"
+            f"megallama train starts the ranks itself, but WORLD_SIZE ({size}) says that this machine is one of several"
+            " (nobody sets it for a single one): if each of them is to start its ranks, give"
+            f" --nnodes={size} --node-rank={node} --rdzv-backend=static --rdzv-endpoint={host}:{port}; if this process"
+            " is to be one rank, let the launcher start launch/train.py; for a run on this machine alone, unset"
+            " WORLD_SIZE and RANK"
         )
+    refuse_copies()
+
+
+def preset(name: str) -> str | None:
+    """What the surroundings say of torchrun's option `name`: PET_NNODES of `nnodes`, as torchrun itself reads it.
+
+    Kubeflow's training operator sets such variables in every pod. Of "auto" and "gpu" ranks there are as many as GPUs,
+    which is what no answer means.
+    """
+    value = os.environ.get(f"PET_{name.upper()}")
+    return None if value in ("", "auto", "gpu") else value
 
 
 @contextmanager

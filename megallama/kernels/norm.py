@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from megallama.config.built_kernels import refusal, why_not_built
 from megallama.host.errors import UserError
 
 NormFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -33,12 +33,8 @@ def rms_norm_apex(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
 
 
 def why_not_apex() -> str | None:
-    """Why apex's kernel cannot run here, or None. The package called `apex` on the index is another project."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    if importlib.util.find_spec("fused_layer_norm_cuda") is None:
-        return "NVIDIA apex is not built here (see docker/)"
-    return None
+    """Why apex's kernel cannot run here, or None."""
+    return why_not_built("norm", "apex") if torch.cuda.is_available() else "there is no CUDA device"
 
 
 def choose_norm(name: str) -> tuple[str, NormFunction]:
@@ -48,7 +44,7 @@ def choose_norm(name: str) -> tuple[str, NormFunction]:
         UserError: `name` was asked for and cannot run here.
     """
     if name == "apex" and (reason := why_not_apex()):
-        raise UserError(f"kernels.norm (apex) cannot run: {reason}; use kernels.norm=auto")
+        raise UserError(refusal("norm", name, reason))
     backends: dict[str, NormFunction] = {
         "torch": rms_norm_torch,
         "apex": rms_norm_apex,

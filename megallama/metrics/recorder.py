@@ -62,7 +62,6 @@ def build_recorder(
     run_dir: Path,
     first_step: int,
     is_terminal: bool,
-    wandb_key_present: bool,
     facts: Facts,
 ) -> Recorder:
     """The recorder of a run, its files opened in `run_dir`. Call it on global rank 0 only.
@@ -74,7 +73,6 @@ def build_recorder(
         run_dir: Existing folder.
         first_step: Completed steps at the start; a resumed run's files are cut back to it.
         is_terminal: Whether the console is one, and shows a live line.
-        wandb_key_present: Whether Weights & Biases could be reached without asking for a key.
         facts: From `build_meter`.
     """
     console = ConsoleSink(
@@ -87,16 +85,15 @@ def build_recorder(
     sinks: list[Sink] = [JsonlSink(run_dir / METRICS_FILE, first_step=first_step), console]
     if settings.tensorboard:
         sinks.append(TensorBoardSink(run_dir / TENSORBOARD_FOLDER, first_step=first_step))
-    mode = settings.wandb
-    if mode == WandbMode.auto:
-        mode = WandbMode.online if wandb_key_present else WandbMode.offline
-        log.info(
-            "log.wandb: auto is %s (%s)", mode.value, "key found" if wandb_key_present else "no WANDB_API_KEY"
-        )
-    if mode == WandbMode.online and not wandb_key_present:
-        log.warning("log.wandb=online, but there is no WANDB_API_KEY: writing an offline run")
-        mode = WandbMode.offline
-    if mode != WandbMode.disabled:
+    if settings.wandb != WandbMode.disabled:
         values: dict[str, Any] = {"run": dict(run_values), "facts": dict(facts)}
-        sinks.append(WandbSink(run_dir, project=settings.wandb_project, mode=mode.value, settings=values))
+        sinks.append(
+            WandbSink(
+                run_dir,
+                project=settings.wandb_project,
+                mode=settings.wandb.value,
+                settings=values,
+                first_step=first_step,
+            )
+        )
     return Recorder(sinks)

@@ -21,6 +21,7 @@ from pathlib import Path
 from megallama.corpus.corpus import Reading
 from megallama.host.errors import UserError
 from megallama.host.threads import one_tokenizer_thread
+from megallama.host.utf8 import use_utf8
 from megallama.prepare.encoding import Unit, UnitSummary, encode_unit, unit_path
 from megallama.tokenizers.interface import Tokenizer
 from megallama.tokenizers.load import load_tokenizer
@@ -112,6 +113,7 @@ _in_worker: tuple[Work, Tokenizer] | None = None
 
 def _start_worker(work: Work) -> None:
     global _in_worker
+    use_utf8()
     one_tokenizer_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -21,20 +21,20 @@ import torch.distributed as dist
 
 from megallama.batches.loader import Loader
 from megallama.checkpoint.distributed.background import BackgroundSaver
-from megallama.checkpoint.format.boxes import build_boxes
+from megallama.checkpoint.format.boxes import BoxedTensor, build_boxes
 from megallama.checkpoint.format.disk import LOCAL_DISK, Disk
 from megallama.checkpoint.format.model_identity import model_identity
 from megallama.config.load import to_yaml
-from megallama.config.schema import RunConfig
+from megallama.config.schema import PrecisionConfig, RunConfig
 from megallama.engine.build import Engine
 from megallama.host.errors import UserError
-from megallama.host.launch import LaunchEnvironment
 from megallama.host.log import start_log, stop_log
 from megallama.metrics.meter import build_meter
 from megallama.metrics.recorder import build_recorder
 from megallama.metrics.traffic_meter import TrafficMeter
 from megallama.topology.agreement import Ranks
 from megallama.topology.groups import Topology
+from megallama.trainer.finite import not_finite
 from megallama.trainer.hooks.base import (
     CheckpointHook,
     EvalHook,
@@ -43,6 +43,7 @@ from megallama.trainer.hooks.base import (
     ParameterPart,
     RunView,
     StopHook,
+    diverged,
 )
 from megallama.trainer.hooks.metrics import MetricsHook
 from megallama.trainer.hooks.samples import SamplesHook
@@ -98,7 +99,6 @@ def build_loop(
     engine: Engine,
     loader: Loader,
     folder: RunFolder,
-    environment: LaunchEnvironment,
     hooks: Sequence[Hook] = (),
     disk: Disk = LOCAL_DISK,
 ) -> Loop:
@@ -114,6 +114,7 @@ def build_loop(
         engine=engine,
         loader=loader,
         init_from=train.init_from,
+        dtype=config.precision.dtype,
     )
     loader.check_enough()
     if loader.is_traceable:
@@ -136,6 +137,7 @@ def build_loop(
         config.checkpoint,
         is_first=topology.rank == 0,
         tensors=lambda: build_boxes(engine.fragments(), engine.layout),
+        check=partial(_check_finite, config.precision, topology),
         describe=lambda now: {
             "progress": dict(now.to_json()),
             "engine": dict(engine.counters()),
@@ -157,7 +159,7 @@ def build_loop(
     # They see the numbers of evaluation and may add their own, before the step is recorded or saved.
     chain += hooks
     if topology.rank == 0:
-        chain.append(_metrics_hook(config, topology, folder=folder, environment=environment))
+        chain.append(_metrics_hook(config, topology, folder=folder))
     if config.log.samples:
         chain += _samples_hooks(topology, folder=folder, loader=loader, completed_steps=state.step)
     chain.append(GuardHook())
@@ -183,6 +185,14 @@ def build_loop(
     )
 
 
+def _check_finite(
+    precision: PrecisionConfig, topology: Topology, state: TrainState, tensors: Mapping[str, BoxedTensor]
+) -> None:
+    fault = not_finite(tensors, dtype=precision.dtype, group=topology.host_group)
+    if fault is not None:
+        raise diverged(state.step, fault)
+
+
 def _parameters(engine: Engine) -> Iterator[ParameterPart]:
     for key, tensor in build_boxes(engine.fragments(), engine.layout, cap_elements=None).items():
         kind, _, name = key.partition("/")
@@ -190,9 +200,7 @@ def _parameters(engine: Engine) -> Iterator[ParameterPart]:
             yield ParameterPart(name=name, shape=tensor.global_shape, boxes=tensor.boxes)
 
 
-def _metrics_hook(
-    config: RunConfig, topology: Topology, *, folder: RunFolder, environment: LaunchEnvironment
-) -> MetricsHook:
+def _metrics_hook(config: RunConfig, topology: Topology, *, folder: RunFolder) -> MetricsHook:
     meter, facts = build_meter(
         config.model,
         train=config.train,
@@ -208,7 +216,6 @@ def _metrics_hook(
         run_values=asdict(config),
         run_dir=folder.path,
         is_terminal=sys.stdout.isatty(),
-        wandb_key_present=environment.has_wandb_key,
         facts=facts,
     )
     return MetricsHook(meter, open_recorder)

@@ -15,12 +15,13 @@ from megallama.checkpoint.format.integrity import intact_checkpoint, latest_chec
 from megallama.checkpoint.format.model_identity import model_differences, model_identity
 from megallama.checkpoint.format.protocol import read_manifest, step_name
 from megallama.config.same_model import WITHOUT_WEIGHTS
-from megallama.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, ZeroConfig
+from megallama.config.schema import Dtype, ModelConfig, ParallelConfig, PrecisionConfig, ZeroConfig
 from megallama.engine.build import Engine
 from megallama.host.errors import UserError
 from megallama.huggingface.weights import load_hugging_face
 from megallama.topology.agreement import Ranks
 from megallama.topology.groups import Topology
+from megallama.trainer.finite import not_finite
 from megallama.trainer.init_from import is_hugging_face_source
 from megallama.trainer.run_folder import RunFolder
 from megallama.trainer.state import TrainState
@@ -39,6 +40,7 @@ def start_run(
     engine: Engine,
     loader: Loader,
     init_from: str | None,
+    dtype: Dtype,
 ) -> TrainState:
     """Fill the engine and set the loader to its place; the progress that the run begins with.
 
@@ -46,16 +48,28 @@ def start_run(
     there is none, `init_from` gives the weights, with a fresh optimizer, from step 0.
 
     Raises:
-        UserError: checkpoints are there and none can be used, or one is of another model.
+        UserError: checkpoints are there and none can be used, or one is of another model, or holds no finite numbers.
     """
     path = latest_checkpoint(folder.checkpoints, log=log.warning, group=topology.host_group)
     if path is not None:
         if init_from is not None:
             log.info("train.init_from (%s) is not used: the run has checkpoints of its own", init_from)
-        return _resume(path, topology=topology, model=model, engine=engine, loader=loader)
+        state = _resume(path, topology=topology, model=model, engine=engine, loader=loader)
+        remedy = f"move {path} away, and the run goes on from an older checkpoint or begins anew"
+        _check_finite(path, engine, topology=topology, dtype=dtype, remedy=remedy)
+        return state
     if init_from is not None:
-        _take_weights(Path(init_from), topology=topology, model=model, engine=engine)
+        path = _take_weights(Path(init_from), topology=topology, model=model, engine=engine)
+        remedy = "choose another train.init_from"
+        _check_finite(path, engine, topology=topology, dtype=dtype, remedy=remedy)
     return TrainState()
+
+
+def _check_finite(path: Path, engine: Engine, *, topology: Topology, dtype: Dtype, remedy: str) -> None:
+    tensors = build_boxes(engine.fragments(), engine.layout)
+    fault = not_finite(tensors, dtype=dtype, group=topology.host_group)
+    if fault is not None:
+        raise UserError(f"{path} cannot be trained on in {dtype.value} ({fault}): {remedy}")
 
 
 def describe_layout(
@@ -93,7 +107,7 @@ def _resume(
     return state
 
 
-def _take_weights(source: Path, *, topology: Topology, model: ModelConfig, engine: Engine) -> None:
+def _take_weights(source: Path, *, topology: Topology, model: ModelConfig, engine: Engine) -> Path:
     group, path = topology.host_group, source
     tensors = build_boxes(engine.fragments(), engine.layout)
     identity = model_identity(model)
@@ -114,6 +128,7 @@ def _take_weights(source: Path, *, topology: Topology, model: ModelConfig, engin
             path,
             "; ".join(differences),
         )
+    return path
 
 
 def _progress(path: Path, stored: Mapping[str, Any]) -> TrainState:

@@ -45,6 +45,7 @@ class Saver:
         config: When to save.
         is_first: Whether this is rank 0, which reports failures.
         tensors: What is saved, as it is now.
+        check: Raises where the state is such that no checkpoint may take the place of an older one.
         describe: What else belongs to a checkpoint of that progress: plain JSON by key.
         saved_step: The checkpoint that this run resumed from; None for a new run.
     """
@@ -56,6 +57,7 @@ class Saver:
         *,
         is_first: bool,
         tensors: Callable[[], Mapping[str, BoxedTensor]],
+        check: Callable[[TrainState, Mapping[str, BoxedTensor]], None],
         describe: Callable[[TrainState], Mapping[str, JSON]],
         saved_step: int | None,
     ) -> None:
@@ -63,6 +65,7 @@ class Saver:
         self._config = config
         self._is_first = is_first
         self._tensors = tensors
+        self._check = check
         self._describe = describe
         self._saved_step = saved_step
         self._failures = 0
@@ -75,7 +78,11 @@ class Saver:
             self._background.reserve(self._tensors())
 
     def save(self, state: TrainState) -> None:
-        """Save in the background, or at once where the configuration says so; unless this step is saved already."""
+        """Save in the background, or at once where the configuration says so; unless this step is saved already.
+
+        Raises:
+            UserError: the state may not be saved.
+        """
         if not self._config.async_save:
             self.save_now(state)
             return
@@ -83,7 +90,9 @@ class Saver:
         self._wait_for_room()
         waited = time.perf_counter()
         if state.step != self._saved_step:
-            self._background.start(step=state.step, tensors=self._tensors(), state=self._describe(state))
+            self._background.start(
+                step=state.step, tensors=self._checked_tensors(state), state=self._describe(state)
+            )
             self._saved_step = state.step
         self._numbers["checkpoint/wait_ms"] = 1e3 * (waited - began)
         self._numbers["checkpoint/stall_ms"] = 1e3 * (time.perf_counter() - began)
@@ -98,7 +107,9 @@ class Saver:
         if state.step == self._saved_step:
             return
         began = time.perf_counter()
-        self._background.save_now(step=state.step, tensors=self._tensors(), state=self._describe(state))
+        self._background.save_now(
+            step=state.step, tensors=self._checked_tensors(state), state=self._describe(state)
+        )
         self._saved_step = state.step
         self._numbers["checkpoint/stall_ms"] = 1e3 * (time.perf_counter() - began)
 
@@ -124,6 +135,11 @@ class Saver:
             self.finish()
         numbers, self._numbers = self._numbers, {}
         return numbers
+
+    def _checked_tensors(self, state: TrainState) -> Mapping[str, BoxedTensor]:
+        tensors = self._tensors()
+        self._check(state, tensors)
+        return tensors
 
     def _wait_for_room(self) -> None:
         """One save at a time: a step that is due before the last save has ended waits for it."""

@@ -125,3 +125,11 @@ def test_a_module_names_fp32_where_it_means_the_wide_format(name):
     finally:
         compat.use_double(False)
     assert module.torch is torch
+
+
+def test_the_smallest_loss_scale_raises_and_no_setting_changes_that():
+    assert "raise_error_at_min_scale=True" in words_of(
+        "deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"
+    )
+    config = inspect.getsource(importlib.import_module("deepspeed.runtime.config"))
+    assert "raise_error_at_min_scale" not in config, "set it there, and drop it from initialize()"

@@ -427,12 +427,15 @@ def test_a_damaged_configuration_of_the_run_is_no_obstacle(damage: bytes | None,
 
 
 def test_named_kernels_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    config = small_run(tmp_path, "kernels.norm=apex", "kernels.adam=apex")
+    """The other project called apex, or NVIDIA's without its extensions, is not enough."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "apex" else None)
+    words = ["kernels.norm=apex", "kernels.adam=apex", "kernels.attention=te", "precision.dtype=bf16"]
+    config = small_run(tmp_path, *words)
     problems = problems_of(config)
-    assert [problem.split(" needs")[0] for problem in problems] == [
-        "kernels.norm (apex)",
-        "kernels.adam (apex)",
+    assert [problem.split(":")[0] for problem in problems] == [
+        "kernels.attention (te) cannot run",
+        "kernels.norm (apex) cannot run",
+        "kernels.adam (apex) cannot run",
     ]
     assert problems_of(config, world_size=None) == []  # the login node may lack what the ranks have
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())

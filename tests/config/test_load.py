@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megallama.config.load import expand_sweep, hydra_words, load_config, load_yaml, to_yaml
+from megallama.config.load import load_config, load_yaml, to_yaml
 from megallama.config.schema import ModelConfig, Recompute, RunConfig, SourceConfig
+from megallama.config.sweep import expand_sweep, hydra_words
 from megallama.host.errors import ConfigError
 from tests.config.runs import COMPLETE, small_run
 

@@ -135,16 +135,60 @@ def test_a_start_under_another_launcher(workplace: Workplace, monkeypatch: pytes
     refuse_other_launcher(is_one_node=False)
     with pytest.raises(UserError, match="srun started 2 copies"):
         refuse_other_launcher(is_one_node=True)
-    for name, value in {
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "a",
-        "MASTER_PORT": "1",
-    }.items():
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+
+
+POD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+"""What Kubeflow's operator sets in a pod, of which each is to start its own ranks."""
+
+
+def test_a_pod_of_several(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WORLD_SIZE counts pods: the message says what to give, and torchrun is named only to who used it."""
+    from megallama.cli import main
+    from megallama.host.errors import UserError
+    from megallama.host.launch import read_launch_environment, refuse_several
+    from megallama.host.torchrun import preset, refuse_other_launcher
+
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", *POD):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in POD.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"WORLD_SIZE \(2\) says that this process is one"):
+    wanted = "--nnodes=2 --node-rank=1 --rdzv-backend=static --rdzv-endpoint=job-master-0:23456"
+    with pytest.raises(
+        UserError, match=f"WORLD_SIZE \\(2\\) says that this machine is one of several.*{wanted}"
+    ):
         refuse_other_launcher(is_one_node=True)
+    refuse_other_launcher(is_one_node=False)
+    refuse_several("megallama generate")  # one process wherever it runs
+    monkeypatch.delenv("RANK")
+    with pytest.raises(UserError, match="--node-rank=<number of this machine, from 0>"):
+        refuse_other_launcher(is_one_node=True)
+    with pytest.raises(
+        UserError, match=r"RANK is not set though WORLD_SIZE \(2\) is.*or unset RANK and WORLD_SIZE"
+    ):
+        read_launch_environment()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_other_launcher(is_one_node=True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    refuse_several("megallama generate")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun started 2: start it without torchrun"):
+        refuse_several("megallama generate")
+    # torchrun's own variables are options here as there.
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    for name, value in {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto", "PET_RDZV_ENDPOINT": "a:1"}.items():
+        monkeypatch.setenv(name, value)
+    started: list[tuple[list[str], int]] = []
+
+    def start(module: str, words: list[str], *, options: list[str], ranks_per_node: int) -> int:
+        started.append((options, ranks_per_node))
+        return 0
+
+    monkeypatch.setattr("megallama.host.torchrun.start_ranks", start)
+    monkeypatch.chdir(workplace.folder)
+    assert preset("nproc_per_node") is None
+    assert main(["train", *workplace.arguments]) == 0
+    assert started == [(["--nnodes=2", "--rdzv-endpoint=a:1"], 1)]
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:

@@ -20,7 +20,6 @@ from megallama.config.schema import LogConfig, WandbMode
 from megallama.metrics.jsonl import JsonlSink, load_metrics
 from megallama.metrics.recorder import Recorder, build_recorder
 from megallama.metrics.tensorboard import TensorBoardSink
-from megallama.metrics.wandb import RUN_ID_FILE, WandbSink
 from tests.metrics.test_meter import CONFIG, RESULT, at, meter
 
 FACTS: dict[str, str | int | float] = {
@@ -160,98 +159,7 @@ def test_tensorboard_on_a_full_disk_raises_and_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-class TestWandb:
-    def test_offline_run_keeps_its_id(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        run_dir = tmp_path / "运行 1"
-        run_dir.mkdir()
-        ids = []
-        for first in (1, 3):
-            sink = WandbSink(run_dir, project="测试", mode="offline", settings={"model": "小模型"})
-            sink.write(first, {"train/loss": 1.0, "train/grad_norm": math.inf})
-            sink.close()
-            ids.append((run_dir / RUN_ID_FILE).read_text(encoding="utf-8"))
-        assert ids[0] == ids[1]
-        files = list(run_dir.glob("wandb/offline-run-*/*.wandb"))
-        assert files and {file.name for file in files} == {f"run-{ids[0]}.wandb"}
-        assert "megallama" not in {record.name.split(".")[0] for record in caplog.records}
-
-    def test_failures_cost_one_warning(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sink = WandbSink(tmp_path, project="p", mode="offline", settings={})
-
-        def fail(*args: object, **kwargs: object) -> None:
-            raise RuntimeError("the service has gone")
-
-        run = sink._run
-        monkeypatch.setattr(run, "log", fail)
-        for step in range(1, 4):
-            sink.write(step, {"train/loss": 1.0})
-        sink.close()
-        run.finish()
-        ours = [record.getMessage() for record in caplog.records if record.name.startswith("megallama")]
-        assert ours == ["Weights & Biases: logging failed (the service has gone); the run goes on without it"]
-
-    def test_unreachable_server_gives_an_offline_run(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        monkeypatch.setattr("megallama.metrics.wandb.INIT_TIMEOUT_S", 2)
-        sink = WandbSink(tmp_path, project="p", mode="online", settings={})
-        sink.write(1, {"train/loss": 1.0})
-        sink.close()
-        assert "no online run" in caplog.text and "writing an offline run" in caplog.text
-        assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-    def test_no_key_and_no_folder_to_write_never_raise(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        sink = WandbSink(tmp_path / "missing", project="p", mode="offline", settings={})
-        sink.write(1, {"train/loss": 1.0})
-        sink.close()
-        assert "the run goes on without it" in caplog.text
-
-
 class TestRecorder:
-    @pytest.mark.parametrize(
-        ("mode", "has_key", "expected"),
-        [
-            (WandbMode.disabled, True, None),
-            (WandbMode.auto, True, "online"),
-            (WandbMode.auto, False, "offline"),
-            (WandbMode.online, False, "offline"),
-            (WandbMode.online, True, "online"),
-            (WandbMode.offline, True, "offline"),
-        ],
-    )
-    def test_wandb_mode(
-        self,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        mode: WandbMode,
-        has_key: bool,
-        expected: str | None,
-    ) -> None:
-        begun: list[str] = []
-
-        class Stub:
-            def __init__(self, run_dir: Path, *, project: str, mode: str, settings: object) -> None:
-                begun.append(mode)
-
-        monkeypatch.setattr("megallama.metrics.recorder.WandbSink", Stub)
-        build_recorder(
-            LogConfig(wandb=mode, tensorboard=False),
-            steps=CONFIG.train.steps,
-            run_values=dataclasses.asdict(CONFIG),
-            run_dir=tmp_path,
-            first_step=0,
-            is_terminal=False,
-            wandb_key_present=has_key,
-            facts=FACTS,
-        )
-        assert begun == ([expected] if expected else [])
-
     def test_tensorboard_can_be_left_out(self, tmp_path: Path) -> None:
         for wanted in (False, True):
             recorder = build_recorder(
@@ -261,7 +169,6 @@ class TestRecorder:
                 run_dir=tmp_path,
                 first_step=0,
                 is_terminal=False,
-                wandb_key_present=False,
                 facts=FACTS,
             )
             recorder.record(1, numbers_of(1))

@@ -19,8 +19,9 @@ class FakeEngine:
 
     def train_step(self, step, batches):
         self.steps.append((step, batches))
-        loss, skipped = self.losses.get(step, (1.0, False))
-        return StepResult(loss=loss, grad_norm=loss, lr=0.1, num_tokens=8, loss_scale=1.0, is_skipped=skipped)
+        loss, norm, scale = self.losses.get(step, (1.0, 1.0, None))
+        is_skipped = scale is not None
+        return StepResult(loss, norm, lr=0.1, num_tokens=8, loss_scale=scale or 1.0, is_skipped=is_skipped)
 
     def eval_step(self, batches):
         return EvalResult(loss_sum=sum(batches), num_tokens=len(batches))
@@ -62,14 +63,16 @@ class FakeSaver:
         self.events.append("finish")
 
 
+def save_nothing(state):
+    """What a hook of the user's may call."""
+
+
 def trainer(engine, hooks, *, steps=3, state=None):
     return Loop(
         engine,
         FakeLoader(),
         state=state or TrainState(),
-        run=RunView(
-            rank=0, world_size=1, folder=Path("run"), parameters=lambda: iter(()), save=lambda _: None
-        ),
+        run=RunView(rank=0, world_size=1, folder=Path("run"), parameters=lambda: iter(()), save=save_nothing),
         hooks=hooks,
         steps=steps,
         samples_per_step=4,
@@ -108,18 +111,32 @@ def test_evaluation_is_the_mean_over_tokens():
     assert numbers == [{}, *([{"eval/loss": 3.0, "eval/perplexity": pytest.approx(math.exp(3.0))}] * 2)]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+DIVERGED = {
+    "loss": (math.nan, 1.0, None),
+    "gradient": (1.0, math.inf, None),
+    "loss of a step that fp16 skipped": (math.nan, math.inf, 1024.0),
+    "smallest loss scale": (1.0, math.inf, 1.0),
+}
+
+
+@pytest.mark.parametrize("bad", DIVERGED.values(), ids=DIVERGED)
 def test_a_diverged_step_ends_the_run_before_it_is_saved(bad):
     saver, recorder = FakeSaver(), Recorder()
     hooks = [recorder, GuardHook(), CheckpointHook(saver, interval=1, last_step=3)]
     with pytest.raises(UserError, match="step 2 diverged"):
-        trainer(FakeEngine({1: (bad, False)}), hooks).fit()
+        trainer(FakeEngine({1: bad}), hooks).fit()
     assert saver.events == ["reserve", 1, "finish"], "a save under way is completed"
     assert recorder.events[-1] == ("finish", 2)
 
 
+def test_a_validation_loss_that_is_no_number_is_divergence():
+    evaluation = EvalHook(FakeEngine(), lambda: [[math.nan]], interval=2, last_step=3)
+    with pytest.raises(UserError, match=r"step 2 diverged \(loss 1, validation loss nan\)"):
+        trainer(FakeEngine(), [evaluation, GuardHook()]).fit()
+
+
 def test_a_step_skipped_by_fp16_is_no_divergence():
-    assert trainer(FakeEngine({1: (math.inf, True)}), [GuardHook()]).fit() is True
+    assert trainer(FakeEngine({1: (1.0, math.inf, 2.0)}), [GuardHook()]).fit() is True
 
 
 def test_a_stop_request_saves_and_ends():

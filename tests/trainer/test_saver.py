@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
+import torch
 
 from megallama.checkpoint.distributed.background import SaveOutcome
-from megallama.config.schema import CheckpointConfig
+from megallama.checkpoint.format.boxes import BoxedTensor
+from megallama.config.schema import CheckpointConfig, Dtype
 from megallama.engine.step import StepResult
 from megallama.host.errors import UserError
-from megallama.trainer.hooks.base import StepReport
+from megallama.trainer.finite import not_finite
+from megallama.trainer.hooks.base import StepReport, diverged
 from megallama.trainer.saver import Saver, SaveReportHook
 from megallama.trainer.state import TrainState
 
@@ -47,13 +51,20 @@ class FakeBackground:
             raise UserError(self.problems[step])
 
 
-def build(*, saved_step: int | None = None, **settings: Any) -> tuple[Saver, FakeBackground]:
+def all_is_well(state: TrainState, tensors: Any) -> None:
+    """Any state may be saved."""
+
+
+def build(
+    *, saved_step: int | None = None, check: Any = all_is_well, **settings: Any
+) -> tuple[Saver, FakeBackground]:
     background = FakeBackground()
     saver = Saver(
         background,
         CheckpointConfig(interval=2, **settings),
         is_first=True,
         tensors=dict,
+        check=check,
         describe=lambda state: {"progress": dict(state.to_json())},
         saved_step=saved_step,
     )
@@ -137,3 +148,38 @@ def test_what_was_resumed_from_is_not_saved_again() -> None:
     saver, background = build(saved_step=6)
     saver.save_now(at(6))
     assert background.events == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"async_save": False}])
+def test_a_state_that_is_not_finite_is_not_saved(settings: dict[str, Any]) -> None:
+    """So it takes the place of no older one: what is not saved removes nothing."""
+
+    def check(state: TrainState, tensors: Any) -> None:
+        raise diverged(state.step, "fp32/w holds inf")
+
+    saver, background = build(check=check, **settings)
+    for save in (saver.save, saver.save_now):
+        with pytest.raises(UserError, match=r"step 2 diverged \(fp32/w holds inf\): it is not saved"):
+            save(at(2))
+    assert background.events == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "dtype", "fault"),
+    [
+        ("fp32/w", math.nan, Dtype.bf16, "fp32/w holds nan"),
+        ("fp32/w", -math.inf, Dtype.fp32, "fp32/w holds inf"),
+        ("exp_avg_sq/w", math.inf, Dtype.fp16, "exp_avg_sq/w holds inf"),
+        ("fp32/w", -1e5, Dtype.fp16, "fp32/w holds 1e+05, too large for the number format"),
+        ("exp_avg/w", -1e5, Dtype.fp16, None),
+        ("fp32/w", -1e5, Dtype.bf16, None),
+    ],
+)
+def test_what_is_finite(key: str, value: float, dtype: Dtype, fault: str | None) -> None:
+    """In its own format, and master weights also in the one of the model."""
+    flat = torch.ones(7)
+    flat[5] = value
+    boxes = {(0,): flat[:3], (3,): flat[3:3], (4,): flat[3:]}
+    tensor = BoxedTensor(key, (7,), torch.float32, True, boxes)
+    tensors = {"exp_avg/other": BoxedTensor("exp_avg/other", (7,), torch.float32, True, {}), key: tensor}
+    assert not_finite(tensors, dtype=dtype, group=None) == fault

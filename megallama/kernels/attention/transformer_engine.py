@@ -12,7 +12,6 @@ Shapes: S positions, B sequences, N query heads, K key/value heads, D head width
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -20,17 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megallama.config.built_kernels import refusal, why_not_built
 from megallama.host.errors import UserError
 from megallama.kernels.attention.plan import DocumentStarts, to_device
 
 
 def why_not_transformer_engine() -> str | None:
     """Why Transformer Engine cannot run here, or None."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed (pip install transformer-engine[pytorch])"
-    return None
+    return why_not_built("attention", "te") if torch.cuda.is_available() else "there is no CUDA device"
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class TransformerEngineAttention:
 
     def __post_init__(self) -> None:
         if reason := why_not_transformer_engine():
-            raise UserError(f"kernels.attention (te) cannot run: {reason}; use kernels.attention=auto")
+            raise UserError(refusal("attention", self.backend, reason))
 
     def __call__(
         self,

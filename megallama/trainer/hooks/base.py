@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megallama.engine.step import EvalResult, StepResult
+from megallama.engine.step import MIN_LOSS_SCALE, EvalResult, StepResult
 from megallama.host.errors import UserError
 from megallama.trainer.state import TrainState
 
@@ -110,14 +110,31 @@ class GuardHook(Hook):
     """Stops the run at a loss or gradient that is no number, before it can reach a checkpoint."""
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
-        """Raise when the step went wrong; a step that fp16 skipped is no fault."""
+        """Raise when the step went wrong.
+
+        A step that fp16 skipped is no fault as long as its loss is a number and the loss scale can go lower: the scale
+        multiplies gradients, not the loss that is reported.
+        """
         result = report.result
-        if result.is_skipped or (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            return
-        raise UserError(
-            f"step {state.step} diverged (loss {result.loss}, gradient norm {result.grad_norm}): the last checkpoint"
-            " is intact; resume from it with a lower optim.lr or a longer optim.warmup_steps"
-        )
+        evaluated = report.numbers.get("eval/loss", 0.0)
+        if not math.isfinite(result.loss):
+            raise diverged(state.step, f"loss {result.loss}, gradient norm {result.grad_norm}")
+        if not math.isfinite(evaluated):
+            raise diverged(state.step, f"loss {result.loss:.4g}, validation loss {evaluated}")
+        if result.is_skipped and result.loss_scale <= MIN_LOSS_SCALE:
+            raise diverged(
+                state.step, f"gradients overflow fp16 at the smallest loss scale, {result.loss_scale:g}"
+            )
+        if not result.is_skipped and not math.isfinite(result.grad_norm):
+            raise diverged(state.step, f"loss {result.loss:.4g}, gradient norm {result.grad_norm}")
+
+
+def diverged(step: int, how: str) -> UserError:
+    """The one message for a run that has diverged."""
+    return UserError(
+        f"step {step} diverged ({how}): it is not saved, and earlier checkpoints are as they were; resume with a lower"
+        " optim.lr, a longer optim.warmup_steps or a lower optim.clip"
+    )
 
 
 class RunSaver(Protocol):

@@ -109,6 +109,7 @@ class Job:
             engine=self.engine,
             loader=self.loader,
             init_from=self.config.train.init_from,
+            dtype=self.config.precision.dtype,
         )
         return state.step
 

@@ -1,0 +1,159 @@
+"""The runs of `--multirun`: listed for ranks that take them in turn, or started by Hydra's own plugins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megallama.compat.hydra import split_sweep
+from megallama.config.load import CONF_DIR, ROOT, open_hydra, options_with, search_path
+from megallama.config.overrides import HydraUse, parse_overrides
+from megallama.host.errors import ConfigError
+
+Job = Callable[[list[str]], float | None]
+"""Does the run of these words and returns what a sweeper may minimise. It is pickled by some launchers."""
+
+RUNS_PER_TASK = ("nodes", "tasks_per_node")
+"""Settings of submitit's launchers that would start a job several times over."""
+
+
+def hydra_words(
+    overrides: Sequence[str],
+    *,
+    conf_dir: Path = CONF_DIR,
+    extra_conf_dir: Path | None = None,
+    use: HydraUse = HydraUse.shown,
+) -> list[str]:
+    """`overrides` in the form that Hydra itself understands, sweeps included.
+
+    Raises:
+        ConfigError: words that cannot be understood, or that would change nothing for `use`.
+    """
+    with open_hydra(conf_dir):
+        loader = GlobalHydra.instance().config_loader()
+        options = options_with(extra_conf_dir)
+        parsed = parse_overrides(overrides, group_options=options, use=use, loader=loader)
+    if parsed.problems:
+        raise ConfigError(parsed.problems)
+    return [str(override.input_line) for override in parsed.overrides]
+
+
+def expand_sweep(
+    overrides: Sequence[str],
+    *,
+    conf_dir: Path = CONF_DIR,
+    extra_conf_dir: Path | None = None,
+    use: HydraUse = HydraUse.jobs,
+) -> list[list[str]]:
+    """The command line of each job of a multirun: every combination of the values, in Hydra's order.
+
+    Raises:
+        ConfigError: a word cannot be understood or expanded.
+    """
+    words = hydra_words(overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir, use=use)
+    with open_hydra(conf_dir):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        return _expanded(parser.parse_overrides(words))
+
+
+def _expanded(parsed: list[Override]) -> list[list[str]]:
+    try:
+        return split_sweep(parsed)
+    except HydraException as error:
+        raise ConfigError(
+            [f"the sweep cannot be expanded ({error}): list the values, as in optim.lr=1e-4,3e-4"]
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep of Hydra's; its words are known to be understood."""
+
+    words: list[str]
+    """In Hydra's form."""
+    jobs: list[list[str]]
+    """The words of each run, as far as they are known before. Of a sweeper that chooses values as it goes there is one,
+    with the first value of each list and the lower end of each range."""
+    is_chosen: bool
+    """Whether the sweeper chooses values by what the runs return."""
+    launcher: str
+    """Which plugin starts the runs; "basic": one after another, from this process."""
+
+
+def load_sweep(
+    overrides: Sequence[str], *, conf_dir: Path = CONF_DIR, extra_conf_dir: Path | None = None
+) -> Sweep:
+    """The sweep that `overrides` describe.
+
+    Raises:
+        ConfigError: a word cannot be understood, or a launcher would start every run several times.
+    """
+    words = hydra_words(
+        overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir, use=HydraUse.sweep
+    ) + search_path(extra_conf_dir)
+    with open_hydra(conf_dir):
+        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
+        first = {override.key_or_group: _first_value(override) for override in parsed}
+        try:
+            hydra = compose(ROOT, overrides=list(first.values()), return_hydra_config=True).hydra
+            chosen, launcher = hydra.runtime.choices, OmegaConf.to_container(hydra.launcher)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(
+                [f"the sweep cannot be composed ({' '.join(str(error).split())}): correct what it names"]
+            ) from error
+    assert isinstance(launcher, dict)
+    name = str(chosen["hydra/launcher"])
+    problems = [
+        f"hydra.launcher.{key} ({launcher[key]}) would start each run {launcher[key]} times, and a run of"
+        f" hydra/launcher={name} starts its own ranks on one machine: set hydra.launcher.{key}=1"
+        for key in RUNS_PER_TASK
+        if launcher.get(key, 1) not in (1, None)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    is_chosen = chosen["hydra/sweeper"] != "basic"
+    jobs = [list(first.values())] if is_chosen else _expanded(parsed)
+    return Sweep(words, jobs, is_chosen=is_chosen, launcher=name)
+
+
+def run_sweep(sweep: Sweep, job: Job, *, conf_dir: Path = CONF_DIR) -> None:
+    """Let Hydra's sweeper and launcher do the runs; what a job raises ends the sweep and comes out here."""
+    with open_hydra(conf_dir):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        hydra.multirun(config_name=ROOT, task_function=_Task(job), overrides=sweep.words)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What Hydra's launchers call, in whatever process or machine."""
+
+    job: Job
+
+    def __call__(self, settings: DictConfig) -> float | None:
+        hydra: Any = HydraConfig.get()
+        folder = str(hydra.runtime.output_dir).replace("\\", "\\\\").replace("'", "\\'")
+        words = [str(word) for word in hydra.overrides.task]
+        words += [f"hydra.run.dir='{folder}'", f"hydra.job.num={hydra.job.num}"]
+        words += [word for word in hydra.overrides.hydra if str(word).startswith("hydra.searchpath=")]
+        return self.job(words)
+
+
+def _first_value(override: Override) -> str:
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return f"{override.get_key_element()}={value.start}"
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
