@@ -193,8 +193,14 @@ def open_hydra(conf_dir: Path) -> Iterator[None]:
         raise ConfigError(
             [f"configuration folder {conf_dir} has no {ROOT}.yaml: name the repository's conf/ folder"]
         )
-    with initialize_config_dir(config_dir=str(conf_dir), version_base="1.3"):
-        yield
+    # A job of a sweep runs inside of Hydra, of which there is one in a process.
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _compose(words: list[str], *, use: HydraUse, job: int, problems: list[str]) -> Any:

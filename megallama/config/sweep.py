@@ -103,7 +103,9 @@ def load_sweep(
         overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir, use=HydraUse.sweep
     ) + search_path(extra_conf_dir)
     with open_hydra(conf_dir):
-        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
+        every = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
+        # The last word of a setting counts. Optuna's sweeper would pass on all of them, in an order of its own.
+        parsed = list({override.key_or_group: override for override in every}.values())
         first = {override.key_or_group: _first_value(override) for override in parsed}
         try:
             hydra = compose(ROOT, overrides=list(first.values()), return_hydra_config=True).hydra
@@ -124,7 +126,7 @@ def load_sweep(
         raise ConfigError(problems)
     is_chosen = chosen["hydra/sweeper"] != "basic"
     jobs = [list(first.values())] if is_chosen else _expanded(parsed)
-    return Sweep(words, jobs, is_chosen=is_chosen, launcher=name)
+    return Sweep([str(override.input_line) for override in parsed], jobs, is_chosen=is_chosen, launcher=name)
 
 
 def run_sweep(sweep: Sweep, job: Job, *, conf_dir: Path = CONF_DIR) -> None:
