@@ -70,13 +70,13 @@ def test_what_a_sweep_gives_back(
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setattr("megallama.host.torchrun.start_ranks", start_nothing)
     words = ["train", "--multirun", "--nproc-per-node", "1", *workplace.arguments]
-    assert main([*words, "optim.lr=1e-3,1e-4", "hydra.sweep.dir=good"]) == 0
-    assert last_validation_loss(workplace.folder / "good" / "1") == 0.5
-    assert main([*words, "optim.lr=1e-3,2e-3,1e-4", "hydra.sweep.dir=bad"]) == 2
-    assert (workplace.folder / "bad" / "2").exists(), "Hydra's launcher goes on after a failure"
+    assert main([*words, "optim.lr=1e-3", "hydra.sweep.dir=good"]) == 0
+    assert last_validation_loss(workplace.folder / "good" / "0") == 0.5
+    assert main([*words, "optim.lr=2e-3,1e-3", "hydra.sweep.dir=bad"]) == 2
+    assert (workplace.folder / "bad" / "1").exists(), "Hydra's launcher goes on after a failure"
     with pytest.raises(SystemExit) as ended:
-        main([*words, "optim.lr=1e-3,3e-3,1e-4", "hydra.sweep.dir=ended"])
-    assert ended.value.code == 143 and not (workplace.folder / "ended" / "2").exists()
+        main([*words, "optim.lr=3e-3,1e-3", "hydra.sweep.dir=ended"])
+    assert ended.value.code == 143 and not (workplace.folder / "ended" / "1").exists()
     capsys.readouterr()
     # Nothing is started, or written, for what is known to be wrong before.
     optuna = ["optim.lr=interval(1e-4,1e-3)", "hydra/sweeper=optuna"]
