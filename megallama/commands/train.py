@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megallama.commands.parser import Commands, whole_number
-from megallama.config.command_line import CommandLine, add_run_words, add_shows
+from megallama.config.words.command_line import CommandLine, add_run_words, add_shows
 from megallama.host.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sweep(line: CommandLine, job: _Job) -> int:
-    from megallama.config.sweep import run_sweep
+    from megallama.config.words.sweep import run_sweep
     from megallama.preflight import check_runs
 
     sweep, configs = line.load_sweep()

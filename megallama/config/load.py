@@ -25,9 +25,9 @@ from omegaconf.errors import (
 )
 
 from megallama.config.names import field_types, listing
-from megallama.config.overrides import HydraUse, parse_overrides
 from megallama.config.schema import ModelConfig, RunConfig, SourceConfig
 from megallama.config.typed import Problems, build, defaults, plain, type_name
+from megallama.config.words.overrides import HydraUse, parse_overrides
 from megallama.host.errors import ConfigError
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megallama.config.load import load_config, load_yaml, to_yaml
 from megallama.config.schema import Recompute, RunConfig, SourceConfig
-from megallama.config.sweep import expand_sweep, hydra_words
+from megallama.config.words.sweep import expand_sweep, hydra_words
 from megallama.host.errors import ConfigError
 from tests.config.runs import COMPLETE, small_run
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from megallama.config.load import load_config
-from megallama.config.overrides import HydraUse
-from megallama.config.sweep import expand_sweep, load_sweep, run_sweep
+from megallama.config.words.overrides import HydraUse
+from megallama.config.words.sweep import expand_sweep, load_sweep, run_sweep
 from megallama.host.errors import ConfigError
 from tests.config.runs import COMPLETE
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from megallama.config.names import GROUPS
 from megallama.host.errors import UserError
-from megallama.host.utf8 import is_text, why_no_text
+from megallama.host.utf8 import REMEDY, is_text, not_text
 
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig
-    from megallama.config.sweep import Sweep
+    from megallama.config.words.sweep import Sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CommandLine:
         """
         for word in options.overrides:
             if not is_text(word):
-                raise UserError(f"word {why_no_text(word)}")
+                raise UserError(f"word {word!a} {not_text()}: {REMEDY}")
         shows = [*options.shows, *options.hydra] if getattr(options, "shows", ()) else []
         return cls(options.overrides, options.multirun, options.config_dir, shows)
 
@@ -62,8 +62,8 @@ class CommandLine:
             UserError: `config_dir` is no such folder.
         """
         from megallama.config.load import load_config
-        from megallama.config.overrides import HydraUse
-        from megallama.config.sweep import expand_sweep
+        from megallama.config.words.overrides import HydraUse
+        from megallama.config.words.sweep import expand_sweep
 
         folder = self.config_dir
         _check_folder(folder)
@@ -82,8 +82,8 @@ class CommandLine:
             ConfigError, UserError: as `load_runs`, and `load_sweep`.
         """
         from megallama.config.load import load_config
-        from megallama.config.overrides import HydraUse
-        from megallama.config.sweep import load_sweep
+        from megallama.config.words.overrides import HydraUse
+        from megallama.config.words.sweep import load_sweep
 
         folder = self.config_dir
         _check_folder(folder)
@@ -102,7 +102,7 @@ class CommandLine:
         import hydra
 
         from megallama.config.load import CONF_DIR, ROOT
-        from megallama.config.sweep import hydra_words
+        from megallama.config.words.sweep import hydra_words
 
         words = hydra_words(self.overrides, extra_conf_dir=self.config_dir)
         flags = dataclasses.replace(self, overrides=()).words

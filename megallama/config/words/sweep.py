@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megallama.compat.hydra import split_sweep
 from megallama.config.load import CONF_DIR, ROOT, open_hydra, options_with, search_path
-from megallama.config.overrides import HydraUse, parse_overrides
+from megallama.config.words.overrides import HydraUse, parse_overrides
 from megallama.host.errors import ConfigError
 
 Job = Callable[[list[str]], float | None]
