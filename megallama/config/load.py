@@ -210,7 +210,6 @@ def _compose(words: list[str], *, use: HydraUse, job: int, problems: list[str]) 
     before = HydraConfig.instance().cfg
     try:
         composed = compose(ROOT, overrides=words + numbered, return_hydra_config=True)
-        chosen = composed.hydra.runtime.choices
         HydraConfig.instance().set_config(composed)
         folder = _run_folder(composed.hydra, is_job=is_job)
         values: dict[Any, Any] = {
@@ -227,13 +226,6 @@ def _compose(words: list[str], *, use: HydraUse, job: int, problems: list[str]) 
         HydraConfig.instance().cfg = before
     if folder and isinstance(values.get("train"), dict):
         values["train"]["run_dir"] = folder
-    if use is HydraUse.jobs:
-        problems += [
-            f"{group}={chosen[group]} cannot start runs from within the ranks: start the sweep with"
-            " megallama train --multirun on one machine"
-            for group in ("hydra/launcher", "hydra/sweeper")
-            if chosen[group] != "basic"
-        ]
     return values
 
 

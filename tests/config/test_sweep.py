@@ -11,7 +11,7 @@ import yaml
 
 from megallama.config.load import load_config
 from megallama.config.words.overrides import HydraUse
-from megallama.config.words.sweep import expand_sweep, load_sweep, run_sweep
+from megallama.config.words.sweep import load_sweep, run_sweep
 from megallama.host.errors import ConfigError
 from tests.config.runs import COMPLETE
 
@@ -30,7 +30,7 @@ def test_jobs_have_folders_as_hydra_numbers_them() -> None:
     def folders(*more: str) -> list[str]:
         return [
             load_config(words, working_dir=Path("/w"), use=HydraUse.jobs, job=job).train.run_dir
-            for job, words in enumerate(expand_sweep([*WORDS, *more]))
+            for job, words in enumerate(load_sweep([*WORDS, *more], use=HydraUse.jobs).jobs)
         ]
 
     assert folders("train.seed=1,2") == ["/w/runs/r/0", "/w/runs/r/1"]
@@ -40,7 +40,7 @@ def test_jobs_have_folders_as_hydra_numbers_them() -> None:
     assert named == ["/w/runs/r/seed 1", "/w/runs/r/seed 2"]
     (config,) = [
         load_config(words, use=HydraUse.jobs, job=5)
-        for words in expand_sweep([*WORDS, "train.seed='${hydra.job.num}'"])
+        for words in load_sweep([*WORDS, "train.seed='${hydra.job.num}'"], use=HydraUse.jobs).jobs
     ]
     assert config.train.seed == 5
 
@@ -73,14 +73,14 @@ def test_what_ranks_cannot_do_is_refused(tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=f"^{word.split('=')[0]}.* on the same ranks: .*megallama train --multirun"
         ):
-            expand_sweep([*WORDS, word])
-    assert expand_sweep([*WORDS, "hydra/launcher=basic"])
+            load_sweep([*WORDS, word], use=HydraUse.jobs)
+    assert load_sweep([*WORDS, "hydra/launcher=basic"], use=HydraUse.jobs).jobs
     # Not typed, but in a file of the user's own.
     (tmp_path / "exp").mkdir()
     text = "# @package _global_\ndefaults:\n  - override /hydra/launcher: joblib\n"
     (tmp_path / "exp" / "mine.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="^hydra/launcher=joblib cannot start runs from within the ranks"):
-        load_config([*WORDS, "exp=mine"], extra_conf_dir=tmp_path, use=HydraUse.jobs)
+        load_sweep([*WORDS, "exp=mine"], extra_conf_dir=tmp_path, use=HydraUse.jobs)
     assert load_sweep([*WORDS, "exp=mine"], extra_conf_dir=tmp_path).launcher == "joblib"
 
 

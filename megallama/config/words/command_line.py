@@ -18,6 +18,7 @@ from megallama.host.utf8 import REMEDY, is_text, not_text
 
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig
+    from megallama.config.words.overrides import HydraUse
     from megallama.config.words.sweep import Sweep
 
 
@@ -55,41 +56,35 @@ class CommandLine:
         return [*self.overrides, *flags]
 
     def load_runs(self) -> list[RunConfig]:
-        """The configuration of every run; those of a multirun have folders 0, 1, ... in `train.run_dir`.
+        """The configuration of every run; those of a multirun go one after another on the same ranks.
 
         Raises:
-            ConfigError: as `load_config` and `expand_sweep`.
+            ConfigError: as `load_config` and `load_sweep`.
             UserError: `config_dir` is no such folder.
         """
         from megallama.config.load import load_config
         from megallama.config.words.overrides import HydraUse
-        from megallama.config.words.sweep import expand_sweep
 
-        folder = self.config_dir
-        _check_folder(folder)
-        if not self.is_multirun:
-            return [load_config(self.overrides, extra_conf_dir=folder)]
-        jobs = expand_sweep(self.overrides, extra_conf_dir=folder)
-        return [
-            load_config(words, extra_conf_dir=folder, use=HydraUse.jobs, job=number)
-            for number, words in enumerate(jobs)
-        ]
+        if self.is_multirun:
+            return self.load_sweep(HydraUse.jobs)[1]
+        _check_folder(self.config_dir)
+        return [load_config(self.overrides, extra_conf_dir=self.config_dir)]
 
-    def load_sweep(self) -> tuple[Sweep, list[RunConfig]]:
-        """The sweep of a multirun that Hydra's own plugins do, and those of its runs that are known before.
+    def load_sweep(self, use: HydraUse | None = None) -> tuple[Sweep, list[RunConfig]]:
+        """The sweep of a multirun (default: of Hydra's own plugins), and those of its runs that are known before.
 
         Raises:
-            ConfigError, UserError: as `load_runs`, and `load_sweep`.
+            ConfigError, UserError: as `load_runs`.
         """
         from megallama.config.load import load_config
         from megallama.config.words.overrides import HydraUse
         from megallama.config.words.sweep import load_sweep
 
-        folder = self.config_dir
-        _check_folder(folder)
-        sweep = load_sweep(self.overrides, extra_conf_dir=folder)
+        _check_folder(self.config_dir)
+        use = use or HydraUse.sweep
+        sweep = load_sweep(self.overrides, use=use, extra_conf_dir=self.config_dir)
         return sweep, [
-            load_config(words, extra_conf_dir=folder, use=HydraUse.sweep, job=number)
+            load_config(words, extra_conf_dir=self.config_dir, use=use, job=number)
             for number, words in enumerate(sweep.jobs)
         ]
 
