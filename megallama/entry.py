@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from megallama.commands.parser import CommandParser
-from megallama.config.command_line import CommandLine, add_run_words, add_shows
+from megallama.config.words.command_line import CommandLine, add_run_words, add_shows
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.launch import LaunchEnvironment, read_launch_environment, tell_libraries
 from megallama.host.log import quiet_libraries

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megallama.commands.parser import Commands, whole_number
-from megallama.config.command_line import CommandLine, add_run_words
+from megallama.config.words.command_line import CommandLine, add_run_words
 
 
 def add(commands: Commands) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megallama.commands.parser import Commands, whole_number
-from megallama.config.command_line import CommandLine, add_run_words, add_shows
+from megallama.config.words.command_line import CommandLine, add_run_words, add_shows
 from megallama.host.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,24 +140,35 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sweep(line: CommandLine, job: _Job) -> int:
-    from megallama.config.sweep import run_sweep
+    from megallama.config.words.sweep import run_sweep
     from megallama.preflight import check_runs
 
     sweep, configs = line.load_sweep()
     # Other launchers may start the runs where there are other GPUs than here.
     world_size = job.num_ranks if sweep.launcher in LAUNCHERS_HERE else job.ranks
     check_runs(configs, world_size=world_size)
-    without = [config for config in configs if not has_validation(config)]
-    if sweep.is_chosen and without:
-        raise UserError(
-            "the sweeper chooses settings by the validation loss, and the run has no validation data: set"
-            " data.validation, or validation_fraction of a source"
-        )
+    if sweep.is_chosen:
+        _check_choosable(configs[0])
     try:
         run_sweep(sweep, job)
     except RanksFailedError as failure:
         return failure.code
     return 0
+
+
+def _check_choosable(first: RunConfig) -> None:
+    """Values that a sweeper chooses are of this sweep, and have a loss to be chosen by."""
+    held_out = any(source.validation_fraction for source in first.data.all_sources())
+    if not (first.data.validation or held_out):
+        raise UserError(
+            "the sweeper chooses settings by the validation loss, and the run has no validation data: set"
+            " data.validation, or validation_fraction of a source"
+        )
+    if Path(first.train.run_dir).exists():
+        raise UserError(
+            f"{first.train.run_dir} is there already, and a sweeper that chooses settings would go on with its run"
+            " under others: choose another hydra.sweep.dir (by default train.run_dir)"
+        )
 
 
 class RanksFailedError(Exception):
@@ -189,13 +200,15 @@ class _Job:
     def __call__(self, words: list[str]) -> float | None:
         """Train; the last validation loss, if there is one."""
         from megallama.config.load import load_config
-        from megallama.host.torchrun import start_ranks
+        from megallama.host.torchrun import EXIT_SIGNAL, start_ranks
         from megallama.preflight import check_run
 
         config = load_config(words, extra_conf_dir=self.config_dir)
         check_run(config, world_size=self.num_ranks)
         line = CommandLine(words, config_dir=self.config_dir)
         code = start_ranks(RANK, line.words, options=self.options, ranks_per_node=self.num_ranks)
+        if code > EXIT_SIGNAL:
+            raise SystemExit(code)  # a launcher would go on with the next run after an error
         if code:
             raise RanksFailedError(code)
         return last_validation_loss(Path(config.train.run_dir))
@@ -207,9 +220,3 @@ def last_validation_loss(run_dir: Path) -> float | None:
 
     rows = load_metrics(run_dir / METRICS_FILE)
     return next((row["eval/loss"] for row in reversed(rows) if "eval/loss" in row), None)
-
-
-def has_validation(config: RunConfig) -> bool:
-    """Whether a run evaluates."""
-    held_out = (source.validation_fraction for source in config.data.all_sources())
-    return bool(config.data.validation) or any(held_out)

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from megallama.commands.parser import Commands, whole_number
-from megallama.config.command_line import CommandLine, add_run_words
+from megallama.config.words.command_line import CommandLine, add_run_words
 from megallama.host.errors import EXIT_DIFFERENT, UserError
 
 if TYPE_CHECKING:

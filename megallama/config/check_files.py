@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from megallama.config.built_kernels import refusal, why_not_built
 from megallama.config.load import load_yaml
 from megallama.config.same_model import differing_settings
 from megallama.config.schema import RunConfig, SourceConfig
 from megallama.config.typed import plain
+from megallama.host.built_kernels import refusal, why_not_built
 from megallama.host.errors import ConfigError, UserError
 
 SPARE_RATIO = 0.01

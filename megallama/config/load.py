@@ -25,9 +25,9 @@ from omegaconf.errors import (
 )
 
 from megallama.config.names import field_types, listing
-from megallama.config.overrides import HydraUse, parse_overrides
 from megallama.config.schema import ModelConfig, RunConfig, SourceConfig
 from megallama.config.typed import Problems, build, defaults, plain, type_name
+from megallama.config.words.overrides import HydraUse, parse_overrides
 from megallama.host.errors import ConfigError
 
 T = TypeVar("T")
@@ -193,8 +193,14 @@ def open_hydra(conf_dir: Path) -> Iterator[None]:
         raise ConfigError(
             [f"configuration folder {conf_dir} has no {ROOT}.yaml: name the repository's conf/ folder"]
         )
-    with initialize_config_dir(config_dir=str(conf_dir), version_base="1.3"):
-        yield
+    # A job of a sweep runs inside of Hydra, of which there is one in a process.
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _compose(words: list[str], *, use: HydraUse, job: int, problems: list[str]) -> Any:
@@ -204,7 +210,6 @@ def _compose(words: list[str], *, use: HydraUse, job: int, problems: list[str]) 
     before = HydraConfig.instance().cfg
     try:
         composed = compose(ROOT, overrides=words + numbered, return_hydra_config=True)
-        chosen = composed.hydra.runtime.choices
         HydraConfig.instance().set_config(composed)
         folder = _run_folder(composed.hydra, is_job=is_job)
         values: dict[Any, Any] = {
@@ -221,13 +226,6 @@ def _compose(words: list[str], *, use: HydraUse, job: int, problems: list[str]) 
         HydraConfig.instance().cfg = before
     if folder and isinstance(values.get("train"), dict):
         values["train"]["run_dir"] = folder
-    if use is HydraUse.jobs:
-        problems += [
-            f"{group}={chosen[group]} cannot start runs from within the ranks: start the sweep with"
-            " megallama train --multirun on one machine"
-            for group in ("hydra/launcher", "hydra/sweeper")
-            if chosen[group] != "basic"
-        ]
     return values
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from megallama.config.built_kernels import refusal, why_not_built
 from megallama.config.schema import OptimConfig
+from megallama.host.built_kernels import refusal, why_not_built
 from megallama.host.errors import UserError
 
 log = logging.getLogger(__name__)

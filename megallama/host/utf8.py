@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+REMEDY = "type it in a terminal that is set to UTF-8, with LC_ALL=C.UTF-8"
+
 _LOCALES = ("C.UTF-8", "C.utf8", "en_US.UTF-8")
 
 
@@ -45,17 +47,17 @@ def text_of(argument: str) -> str:
         return _bytes_of(argument).decode("utf-8")
     if is_text(argument):
         return argument
-    raise ValueError(why_no_text(argument))
+    raise ValueError(f"{argument!a} {not_text()}: {REMEDY}")
 
 
-def why_no_text(argument: str) -> str:
-    """The message for an argument that is no text."""
-    expected = "UTF-8"
-    if not _is_utf8(sys.getfilesystemencoding()):
-        expected += f", nor in the locale's encoding ({sys.getfilesystemencoding()})"
-    return (
-        f"{argument!a} is not in {expected}: type it in a terminal that is set to UTF-8, with LC_ALL=C.UTF-8"
+def not_text() -> str:
+    """What to say of an argument that could not be decoded."""
+    others = (
+        ""
+        if _is_utf8(sys.getfilesystemencoding())
+        else f", nor in the locale's {sys.getfilesystemencoding()}"
     )
+    return f"is not in UTF-8{others}"
 
 
 def _bytes_of(argument: str) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from megallama.config.built_kernels import refusal, why_not_built
+from megallama.host.built_kernels import refusal, why_not_built
 from megallama.host.errors import UserError
 
 NormFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]

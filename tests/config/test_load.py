@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megallama.config.load import load_config, load_yaml, to_yaml
 from megallama.config.schema import ModelConfig, Recompute, RunConfig, SourceConfig
-from megallama.config.sweep import expand_sweep, hydra_words
+from megallama.config.words.sweep import hydra_words, load_sweep
 from megallama.host.errors import ConfigError
 from tests.config.runs import COMPLETE, small_run
 
@@ -182,18 +182,18 @@ def test_missing_conf_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_sweep_is_every_combination_in_order() -> None:
-    jobs = expand_sweep(["exp=demo", "optim.lr=1e-3,3e-3", "train.run_dir=甲,乙", "train.seed=range(1,3)"])
+    jobs = load_sweep(["exp=demo", "optim.lr=1e-3,3e-3", "train.run_dir=甲,乙", "train.seed=range(1,3)"]).jobs
     assert len(jobs) == 8
     assert [load_config(job).optim.lr for job in jobs] == [1e-3] * 4 + [3e-3] * 4
     assert [Path(load_config(job).train.run_dir).name for job in jobs[:4]] == ["甲", "甲", "乙", "乙"]
     assert {load_config(job).train.seed for job in jobs} == {1, 2}
     names = [
         load_config([*job, "train.run_dir=r"]).model.name
-        for job in expand_sweep(["exp=demo", "model=glob(llama2*)"])
+        for job in load_sweep(["exp=demo", "model=glob(llama2*)"]).jobs
     ]
     assert names == ["demo"] * 3  # the run names its model itself
     with pytest.raises(ConfigError, match="model=llma_tiny does not exist"):
-        expand_sweep(["exp=demo", "model=llama_1m,llma_tiny"])
+        load_sweep(["exp=demo", "model=llama_1m,llma_tiny"])
 
 
 def test_words_for_hydra() -> None:

@@ -178,9 +178,9 @@ def test_a_pod_of_several(workplace: Workplace, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     for name, value in {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto", "PET_RDZV_ENDPOINT": "a:1"}.items():
         monkeypatch.setenv(name, value)
-    started: list[tuple[list[str], int]] = []
+    started: list[tuple[tuple[str, ...], int]] = []
 
-    def start(module: str, words: list[str], *, options: list[str], ranks_per_node: int) -> int:
+    def start(module: str, words: list[str], *, options: tuple[str, ...], ranks_per_node: int) -> int:
         started.append((options, ranks_per_node))
         return 0
 
@@ -188,7 +188,7 @@ def test_a_pod_of_several(workplace: Workplace, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(workplace.folder)
     assert preset("nproc_per_node") is None
     assert main(["train", *workplace.arguments]) == 0
-    assert started == [(["--nnodes=2", "--rdzv-endpoint=a:1"], 1)]
+    assert started == [(("--nnodes=2", "--rdzv-endpoint=a:1"), 1)]
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megallama.cli import _parser
-from megallama.config.command_line import CommandLine
 from megallama.config.load import load_config
+from megallama.config.words.command_line import CommandLine
 from megallama.huggingface.names import canonical_tensors
 from tests.project.file_table import PACKAGE, rows, written_rows
 from tests.support.places import ROOT

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megallama.config.built_kernels import refusal, why_not_built
+from megallama.host.built_kernels import refusal, why_not_built
 from megallama.host.errors import UserError
 from megallama.kernels.attention.plan import DocumentStarts, to_device
 

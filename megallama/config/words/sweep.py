@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megallama.compat.hydra import split_sweep
 from megallama.config.load import CONF_DIR, ROOT, open_hydra, options_with, search_path
-from megallama.config.overrides import HydraUse, parse_overrides
+from megallama.config.words.overrides import HydraUse, parse_overrides
 from megallama.host.errors import ConfigError
 
 Job = Callable[[list[str]], float | None]
@@ -49,36 +49,9 @@ def hydra_words(
     return [str(override.input_line) for override in parsed.overrides]
 
 
-def expand_sweep(
-    overrides: Sequence[str],
-    *,
-    conf_dir: Path = CONF_DIR,
-    extra_conf_dir: Path | None = None,
-    use: HydraUse = HydraUse.jobs,
-) -> list[list[str]]:
-    """The command line of each job of a multirun: every combination of the values, in Hydra's order.
-
-    Raises:
-        ConfigError: a word cannot be understood or expanded.
-    """
-    words = hydra_words(overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir, use=use)
-    with open_hydra(conf_dir):
-        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        return _expanded(parser.parse_overrides(words))
-
-
-def _expanded(parsed: list[Override]) -> list[list[str]]:
-    try:
-        return split_sweep(parsed)
-    except HydraException as error:
-        raise ConfigError(
-            [f"the sweep cannot be expanded ({error}): list the values, as in optim.lr=1e-4,3e-4"]
-        ) from error
-
-
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A sweep of Hydra's; its words are known to be understood."""
+    """The runs of a command line; its words are known to be understood."""
 
     words: list[str]
     """In Hydra's form."""
@@ -92,39 +65,62 @@ class Sweep:
 
 
 def load_sweep(
-    overrides: Sequence[str], *, conf_dir: Path = CONF_DIR, extra_conf_dir: Path | None = None
+    overrides: Sequence[str],
+    *,
+    use: HydraUse = HydraUse.sweep,
+    conf_dir: Path = CONF_DIR,
+    extra_conf_dir: Path | None = None,
 ) -> Sweep:
-    """The sweep that `overrides` describe.
+    """The sweep that `overrides` describe, for Hydra's own plugins or for the same ranks one run after another.
 
     Raises:
-        ConfigError: a word cannot be understood, or a launcher would start every run several times.
+        ConfigError: a word cannot be understood or expanded, or a launcher cannot start the runs as they are.
     """
-    words = hydra_words(
-        overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir, use=HydraUse.sweep
-    ) + search_path(extra_conf_dir)
+    words = hydra_words(overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir, use=use)
+    words += search_path(extra_conf_dir)
     with open_hydra(conf_dir):
-        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
-        first = {override.key_or_group: _first_value(override) for override in parsed}
+        every = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
+        # The last word of a setting counts. Optuna's sweeper would pass on all of them, in an order of its own.
+        parsed = list({override.key_or_group: override for override in every}.values())
+        first = [_first_value(override) for override in parsed]
         try:
-            hydra = compose(ROOT, overrides=list(first.values()), return_hydra_config=True).hydra
+            hydra = compose(ROOT, overrides=first, return_hydra_config=True).hydra
             chosen, launcher = hydra.runtime.choices, OmegaConf.to_container(hydra.launcher)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(
                 [f"the sweep cannot be composed ({' '.join(str(error).split())}): correct what it names"]
             ) from error
-    assert isinstance(launcher, dict)
-    name = str(chosen["hydra/launcher"])
-    problems = [
-        f"hydra.launcher.{key} ({launcher[key]}) would start each run {launcher[key]} times, and a run of"
-        f" hydra/launcher={name} starts its own ranks on one machine: set hydra.launcher.{key}=1"
-        for key in RUNS_PER_TASK
-        if launcher.get(key, 1) not in (1, None)
-    ]
+        is_chosen = chosen["hydra/sweeper"] != "basic"
+        try:
+            jobs = [first] if is_chosen else split_sweep(parsed)
+        except HydraException as error:
+            raise ConfigError(
+                [f"the sweep cannot be expanded ({error}): list the values, as in optim.lr=1e-4,3e-4"]
+            ) from error
+    problems = [*_plugin_problems(chosen, use), *_launcher_problems(launcher)]
     if problems:
         raise ConfigError(problems)
-    is_chosen = chosen["hydra/sweeper"] != "basic"
-    jobs = [list(first.values())] if is_chosen else _expanded(parsed)
-    return Sweep(words, jobs, is_chosen=is_chosen, launcher=name)
+    words = [str(override.input_line) for override in parsed]
+    return Sweep(words, jobs, is_chosen=is_chosen, launcher=str(chosen["hydra/launcher"]))
+
+
+def _plugin_problems(chosen: Any, use: HydraUse) -> Iterator[str]:
+    """Plugins that a file of the user's names; those on the command line are told before."""
+    for group in ("hydra/launcher", "hydra/sweeper") if use is HydraUse.jobs else ():
+        if chosen[group] != "basic":
+            yield (
+                f"{group}={chosen[group]} cannot start runs from within the ranks: start the sweep with"
+                " megallama train --multirun on one machine"
+            )
+
+
+def _launcher_problems(launcher: Any) -> Iterator[str]:
+    for key in RUNS_PER_TASK:
+        if launcher.get(key, 1) not in (1, None):
+            yield (
+                f"hydra.launcher.{key} ({launcher[key]}) would start each run {launcher[key]} times, and a run starts"
+                f" its own ranks, on one machine: set hydra.launcher.{key}=1"
+            )
 
 
 def run_sweep(sweep: Sweep, job: Job, *, conf_dir: Path = CONF_DIR) -> None:

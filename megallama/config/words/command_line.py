@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from megallama.config.names import GROUPS
 from megallama.host.errors import UserError
-from megallama.host.utf8 import is_text, why_no_text
+from megallama.host.utf8 import REMEDY, is_text, not_text
 
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig
-    from megallama.config.sweep import Sweep
+    from megallama.config.words.overrides import HydraUse
+    from megallama.config.words.sweep import Sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class CommandLine:
         """
         for word in options.overrides:
             if not is_text(word):
-                raise UserError(f"word {why_no_text(word)}")
+                raise UserError(f"word {word!a} {not_text()}: {REMEDY}")
         shows = [*options.shows, *options.hydra] if getattr(options, "shows", ()) else []
         return cls(options.overrides, options.multirun, options.config_dir, shows)
 
@@ -55,41 +56,35 @@ class CommandLine:
         return [*self.overrides, *flags]
 
     def load_runs(self) -> list[RunConfig]:
-        """The configuration of every run; those of a multirun have folders 0, 1, ... in `train.run_dir`.
+        """The configuration of every run; those of a multirun go one after another on the same ranks.
 
         Raises:
-            ConfigError: as `load_config` and `expand_sweep`.
+            ConfigError: as `load_config` and `load_sweep`.
             UserError: `config_dir` is no such folder.
         """
         from megallama.config.load import load_config
-        from megallama.config.overrides import HydraUse
-        from megallama.config.sweep import expand_sweep
+        from megallama.config.words.overrides import HydraUse
 
-        folder = self.config_dir
-        _check_folder(folder)
-        if not self.is_multirun:
-            return [load_config(self.overrides, extra_conf_dir=folder)]
-        jobs = expand_sweep(self.overrides, extra_conf_dir=folder)
-        return [
-            load_config(words, extra_conf_dir=folder, use=HydraUse.jobs, job=number)
-            for number, words in enumerate(jobs)
-        ]
+        if self.is_multirun:
+            return self.load_sweep(HydraUse.jobs)[1]
+        _check_folder(self.config_dir)
+        return [load_config(self.overrides, extra_conf_dir=self.config_dir)]
 
-    def load_sweep(self) -> tuple[Sweep, list[RunConfig]]:
-        """The sweep of a multirun that Hydra's own plugins do, and those of its runs that are known before.
+    def load_sweep(self, use: HydraUse | None = None) -> tuple[Sweep, list[RunConfig]]:
+        """The sweep of a multirun (default: of Hydra's own plugins), and those of its runs that are known before.
 
         Raises:
-            ConfigError, UserError: as `load_runs`, and `load_sweep`.
+            ConfigError, UserError: as `load_runs`.
         """
         from megallama.config.load import load_config
-        from megallama.config.overrides import HydraUse
-        from megallama.config.sweep import load_sweep
+        from megallama.config.words.overrides import HydraUse
+        from megallama.config.words.sweep import load_sweep
 
-        folder = self.config_dir
-        _check_folder(folder)
-        sweep = load_sweep(self.overrides, extra_conf_dir=folder)
+        _check_folder(self.config_dir)
+        use = use or HydraUse.sweep
+        sweep = load_sweep(self.overrides, use=use, extra_conf_dir=self.config_dir)
         return sweep, [
-            load_config(words, extra_conf_dir=folder, use=HydraUse.sweep, job=number)
+            load_config(words, extra_conf_dir=self.config_dir, use=use, job=number)
             for number, words in enumerate(sweep.jobs)
         ]
 
@@ -102,7 +97,7 @@ class CommandLine:
         import hydra
 
         from megallama.config.load import CONF_DIR, ROOT
-        from megallama.config.sweep import hydra_words
+        from megallama.config.words.sweep import hydra_words
 
         words = hydra_words(self.overrides, extra_conf_dir=self.config_dir)
         flags = dataclasses.replace(self, overrides=()).words
