@@ -8,7 +8,7 @@ from typing import Any
 
 from megallama.host.errors import UserError
 from megallama.huggingface.model_folder import read_json, write_json
-from megallama.huggingface.tokenizer.convert import tokenizer_json
+from megallama.tokenizers.convert import tokenizer_json
 from megallama.tokenizers.files import (
     HUGGING_FACE_FILE,
     RANKS_SIDE_FILE,

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tokenizers
-from megallama.huggingface.tokenizer.convert import tokenizer_json
+from megallama.tokenizers.convert import tokenizer_json
 from megallama.tokenizers.interface import Tokenizer
 from megallama.tokenizers.load import load_tokenizer
 from megallama.tokenizers.training import train_tokenizer
