@@ -85,7 +85,8 @@ def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = Tr
         parser.add_argument(
             "inputs",
             nargs="+",
-            help="files, globs, or folders of .txt, .jsonl, .parquet, and .gz and .zst of the first two",
+            help="files, globs, or folders of .txt, JSON lines (.jsonl, .ndjson, .json) and .parquet; .gz, .zst, .xz"
+            " and .bz2 of the first two",
         )
     parser.add_argument(
         "--suffix",
@@ -109,7 +110,7 @@ def add_corpus_options(parser: argparse.ArgumentParser, *, has_inputs: bool = Tr
     parser.add_argument(
         "--text-field",
         default="text",
-        help="field of a .jsonl line, or column of a .parquet file, that holds the text",
+        help="field of a JSON line, or column of a .parquet file, that holds the text; data.text for one inside",
     )
     parser.add_argument("--seed", type=whole_number(least=0), default=1234)
 

@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
     prepare = commands.add_parser(
         "prepare",
         help="tokenize text into datasets to train on",
-        description="Tokenizes .txt, .jsonl, .parquet, and .gz and .zst of these. Killed or stopped by an error, the"
+        description="Tokenizes text, JSON lines and Parquet. Killed or stopped by an error, the"
         " same command goes on where it was.",
     )
     add_corpus_options(prepare)
@@ -30,6 +30,12 @@ def add(commands: Commands) -> None:
         "--tokenizer",
         required=True,
         help="tokenizer.model, tokenizer.json, a .tiktoken file, or their folder",
+    )
+    prepare.add_argument(
+        "--begin-token",
+        choices=["tokenizer", "always", "never"],
+        default="tokenizer",
+        help="whether each document begins with the tokenizer's begin token (default: where its files say so)",
     )
     prepare.add_argument("--output", required=True, help="folder that gets train.* and valid.*")
     prepare.add_argument("--validation-fraction", type=float, default=0.01)
@@ -73,6 +79,7 @@ def _prepare(options: argparse.Namespace) -> None:
             text_field=options.text_field,
             shard_tokens=None if options.shard_tokens is None else int(options.shard_tokens),
             max_damaged=options.max_damaged,
+            begin=options.begin_token,
             overwrite=options.overwrite,
             progress=progress,
         )
@@ -80,6 +87,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _show(report: PrepareReport) -> None:
+    from megallama.corpus.inputs import describe_passed_over
+
     print(f"{report.source_files} files, {report.source_bytes / 1e6:.1f} MB")
     if report.was_complete:
         print("  an earlier attempt was interrupted at its very end: its files have their names now")
@@ -97,9 +106,28 @@ def _show(report: PrepareReport) -> None:
                 for name, count in source.language_bytes.most_common()
             ]
             print(f"    likely languages: {', '.join(languages)}")
+        if source.marked_documents:
+            print(
+                f"    {source.marked_documents:,} documents hold U+2581, which this tokenizer takes for a space"
+            )
+    print(f"  each document {_framed(report)}")
+    if report.passed_over:
+        total = report.passed_over.total()
+        print(f"  not read: {total:,} ({describe_passed_over(report.passed_over)})")
     if report.damaged:
         print(f"  {len(report.damaged):,} damaged records left out: see damaged.jsonl")
     for split in (report.train, report.validation):
         if split is not None:
             shards = f" in {split.shards:,} shards" if split.shards else ""
             print(f"  {split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens{shards}")
+
+
+def _framed(report: PrepareReport) -> str:
+    """Which tokens stand before and after each document."""
+    tokenizer, begin_id = report.tokenizer, report.begin_id
+    end = f"ends with {tokenizer.label(tokenizer.eod_id)} ({tokenizer.eod_id})"
+    if begin_id is not None:
+        return f"begins with {tokenizer.label(begin_id)} ({begin_id}) and {end}"
+    if tokenizer.bos_id is None:
+        return end
+    return f"{end}; none begins with {tokenizer.label(tokenizer.bos_id)} (--begin-token always puts it there)"

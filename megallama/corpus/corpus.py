@@ -19,10 +19,10 @@ from megallama.corpus.documents import (
     read_json_lines,
     read_parts,
     read_whole,
-    to_boundary,
-    to_line_start,
 )
-from megallama.corpus.files import CorpusFile, check_unchanged, expand_inputs, open_file
+from megallama.corpus.files import CorpusFile, check_unchanged, open_file
+from megallama.corpus.inputs import expand_inputs
+from megallama.corpus.lines import ends_with_cr, is_blank, to_boundary, to_line_start, with_changed_places
 from megallama.corpus.parquet import cut_row_groups, read_rows
 from megallama.host.errors import UserError
 
@@ -77,7 +77,7 @@ class Reading:
     def is_boundary(self) -> Callable[[bytes], bool]:
         """Whether a line of a text lies between two documents."""
         if self.documents == "blank_line":
-            return lambda line: not line.strip()
+            return is_blank
         separator = self.separator.encode()
         return lambda line: line.rstrip(b"\r\n") == separator
 
@@ -163,7 +163,8 @@ def empty_corpus(files: Sequence[CorpusFile]) -> UserError:
 
 def _cut_lines(file: CorpusFile, *, reading: Reading, stretch_bytes: int) -> Iterator[tuple[int, int]]:
     start = 0
-    with open_file(file.path) as stream:
+    with open_file(file.path) as content:
+        stream = with_changed_places(content) if ends_with_cr(content, file) else content
         while start + stretch_bytes < file.num_bytes:
             stream.seek(start + stretch_bytes)
             if file.is_jsonl:
@@ -185,14 +186,19 @@ def _read_records(stretch: Stretch, *, reading: Reading) -> Iterator[Document | 
                 stream, file, first=stretch.start, end=stretch.end, text_field=reading.text_field
             )
             return
+        if reading.is_whole(file):
+            yield from read_whole(stream, file)
+            return
+        has_cr = ends_with_cr(stream, file)
         if stretch.start:
             stream.seek(stretch.start)
-        end = sys.maxsize if file.compression else stretch.end
+        lines = with_changed_places(stream) if has_cr else stream
+        start, end = stretch.start, sys.maxsize if file.compression else stretch.end
         if file.is_jsonl:
             yield from read_json_lines(
-                stream, file, start=stretch.start, end=end, text_field=reading.text_field
+                lines, file, start=start, end=end, text_field=reading.text_field, has_cr=has_cr
             )
-        elif reading.documents == "file":
-            yield from read_whole(stream, file)
         else:
-            yield from read_parts(stream, file, start=stretch.start, end=end, is_boundary=reading.is_boundary)
+            yield from read_parts(
+                lines, file, start=start, end=end, is_boundary=reading.is_boundary, has_cr=has_cr
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import pyarrow
 import pyarrow.parquet
@@ -44,45 +44,71 @@ def read_rows(
         UserError: the file is damaged, or has no column `text_field` of text.
     """
     reader = _open(stream, file)
-    schema = reader.schema_arrow
-    kind = schema.field(text_field).type if text_field in schema.names else None
-    if kind is None or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        have = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:8])
-        raise UserError(
-            f"file {file.path} has no column {text_field!r} of text (it has {have}): name the column with --text-field"
-        )
+    column, inside = _column_of_text(reader.schema_arrow, file, text_field)
     row = sum(reader.metadata.row_group(group).num_rows for group in range(first))
     try:
         for batch in reader.iter_batches(
-            batch_size=_ROWS_AT_ONCE, row_groups=range(first, end), columns=[text_field], use_threads=False
+            batch_size=_ROWS_AT_ONCE,
+            row_groups=range(first, end),
+            columns=[".".join((column, *inside))],
+            use_threads=False,
         ):
-            for value in batch.column(0):
+            for value in batch.column(column):
                 row += 1
-                yield from _document(value, file, row=row, text_field=text_field)
+                yield from _document(value, inside, file, row=row, text_field=text_field)
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(file, error) from error
 
 
+def _column_of_text(schema: pyarrow.Schema, file: CorpusFile, text_field: str) -> tuple[str, list[str]]:
+    """The column that `text_field` means, a column of that very name or one with fields inside, and their names."""
+    column, inside = text_field, list[str]()
+    if text_field not in schema.names:
+        column, *inside = text_field.split(".")
+    kind: Any = schema.field(column).type if column in schema.names else None
+    for name in inside:
+        is_struct = kind is not None and pyarrow.types.is_struct(kind)
+        kind = kind.field(name).type if is_struct and kind.get_field_index(name) >= 0 else None
+    if kind is None or not _is_text(kind):
+        have = ", ".join(f"{field.name}: {field.type}" for field in list(schema)[:8])
+        what = (
+            f"no column {text_field!r} of text"
+            if kind is None
+            else f"no text in column {text_field!r} ({kind})"
+        )
+        raise UserError(
+            f"file {file.path} has {what} (it has {have}): name the column with --text-field, a field inside a struct"
+            " as column.field"
+        )
+    return column, inside
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    """Whether values of this type are text: strings, and bytes that are UTF-8, however they are stored."""
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return is_string or types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
 def _document(
-    value: pyarrow.StringScalar, file: CorpusFile, *, row: int, text_field: str
+    value: pyarrow.Scalar, inside: list[str], file: CorpusFile, *, row: int, text_field: str
 ) -> Iterator[Document | Damage]:
+    place = f"{file.path} row {row}"
     try:
         text = value.as_py()
+        for name in inside:
+            text = None if text is None else text[name]
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield Damage(
-            file.path, row, f"{file.path} row {row} is not UTF-8 ({error.reason}): correct or remove it"
-        )
+        yield Damage(file.path, row, f"{place} is not UTF-8 ({error.reason}): correct or remove it")
         return
     if text is None:
-        yield Damage(
-            file.path,
-            row,
-            f"{file.path} row {row} has no text in column {text_field!r}: correct or remove it",
-        )
+        yield Damage(file.path, row, f"{place} has no text in column {text_field!r}: correct or remove it")
     elif surrogate_place(text) is not None:
-        yield Damage(
-            file.path, row, f"{file.path} row {row} holds half a surrogate pair: correct or remove it"
-        )
+        yield Damage(file.path, row, f"{place} holds half a surrogate pair: correct or remove it")
     elif text:
         yield Document(text=text, key=f"{file.relative}:{row - 1}", place=row - 1)
 

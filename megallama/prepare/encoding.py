@@ -36,7 +36,7 @@ from megallama.corpus.script import likely_language
 from megallama.corpus.script_counts import count_characters
 from megallama.host.errors import UserError
 from megallama.host.files import replacing
-from megallama.tokenizers.interface import Tokenizer
+from megallama.tokenizers.interface import SPACE_MARK, Tokenizer
 
 UNIT_BYTES = 4 << 20
 MAX_UNITS = 1 << 16
@@ -59,7 +59,7 @@ class Unit:
 
     stretches: tuple[Stretch, ...]
     key: str
-    """Digest of the stretches, the state of their files, the tokenizer and the way of reading."""
+    """Digest of the stretches, the state of their files, the tokenizer, the tokens round a document, the reading."""
 
     @property
     def num_bytes(self) -> int:
@@ -83,6 +83,8 @@ class UnitSummary:
     """Their UTF-8."""
     damaged: list[Damage] = field(default_factory=list)
     """Records that gave no document."""
+    marked_documents: int = 0
+    """Documents in which U+2581 stands, which this tokenizer takes for a space."""
 
 
 def draw_of(key: str, *, seed: int) -> float:
@@ -102,7 +104,8 @@ def plan_units(
     *,
     reading: Reading,
     seed: int,
-    tokenizer_sha256: str,
+    tokenizer: Tokenizer,
+    begin_id: int | None,
     unit_bytes: int | None = None,
 ) -> Iterator[Unit]:
     """Units that cover `files` in order, each of about `unit_bytes`, of one source, and small files together.
@@ -115,7 +118,7 @@ def plan_units(
         total = sum(file.num_bytes for file in files)
         while total // unit_bytes > MAX_UNITS and unit_bytes < MAX_UNIT_BYTES:
             unit_bytes *= 2
-    settings = repr((2, asdict(reading), seed, tokenizer_sha256))
+    settings = repr((3, asdict(reading), seed, tokenizer.sha256, tokenizer.eod_id, begin_id))
     group: list[Stretch] = []
     size = 0
     for stretch in cut_stretches(files, reading=reading, stretch_bytes=unit_bytes):
@@ -136,9 +139,16 @@ def unit_path(folder: Path, key: str) -> Path:
 
 
 def encode_unit(
-    unit: Unit, path: Path, *, tokenizer: Tokenizer, reading: Reading, seed: int, max_damaged: int
+    unit: Unit,
+    path: Path,
+    *,
+    tokenizer: Tokenizer,
+    begin_id: int | None,
+    reading: Reading,
+    seed: int,
+    max_damaged: int,
 ) -> UnitSummary:
-    """Tokenizes `unit` into the file `path`, which appears when it is whole.
+    """Tokenizes `unit` into the file `path`, which appears when it is whole; `begin_id` stands before each document.
 
     Memory is bounded by a batch of documents, however many there are.
 
@@ -151,6 +161,8 @@ def encode_unit(
     language_documents: Counter[str] = Counter()
     language_bytes: Counter[str] = Counter()
     dtype = token_type(tokenizer.vocab_size)
+    begin = [] if begin_id is None else [begin_id]
+    keeps_mark = tokenizer.decode(tokenizer.encode(SPACE_MARK)) == SPACE_MARK
     path.parent.mkdir(exist_ok=True)
     with (
         replacing(path, has_rivals=True) as stream,
@@ -159,14 +171,16 @@ def encode_unit(
         for batch in _batches(unit, reading=reading, damaged=summary.damaged, max_damaged=max_damaged):
             texts = [document.text for _, document in batch]
             rows = np.empty(len(batch), dtype=_DOCUMENT)
-            for index, ids in enumerate(tokenizer.encode_batch(texts)):
-                ids.append(tokenizer.eod_id)
+            for index, ids in enumerate(_encode_batch(batch, unit, tokenizer)):
+                ids = [*begin, *ids, tokenizer.eod_id]
                 stream.write(np.array(ids, dtype=dtype).tobytes())
                 number, document = batch[index]
                 rows[index] = len(ids), draw_of(document.key, seed=seed), number, document.place
             table.write(rows.tobytes())
             summary.documents += len(batch)
             summary.tokens += int(rows["length"].sum())
+            if not keeps_mark:
+                summary.marked_documents += sum(SPACE_MARK in text for text in texts)
             for text in texts:
                 characters = count_characters(text)
                 scripts.update(characters)
@@ -190,7 +204,7 @@ class EncodedUnit:
     """Some documents of a finished unit, one after another."""
 
     tokens: npt.NDArray[np.integer]
-    """All documents one after another, each closed by the end-of-document token."""
+    """All documents one after another, each with its begin token, where there is one, and its end token."""
     lengths: npt.NDArray[np.int64]
     """Tokens of each document."""
     draws: npt.NDArray[np.float64]
@@ -268,12 +282,44 @@ def too_much_damage(damaged: Sequence[Damage], *, count: int, max_damaged: int) 
     )
 
 
+def _encode_batch(batch: Sequence[tuple[int, Document]], unit: Unit, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each document; where the tokenizer fails, whatever it raises, its document is named."""
+    try:
+        return tokenizer.encode_batch([document.text for _, document in batch])
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+    for number, document in batch:
+        try:
+            tokenizer.encode(document.text)
+        except BaseException as error:
+            if not _is_failure(error):
+                raise
+            file = unit.stretches[number].file
+            unit_of_place = "row" if file.is_parquet else "byte"
+            place = f" (the one at {unit_of_place} {document.place})" if document.place >= 0 else ""
+            raise UserError(
+                f"file {file.path} has a document{place} that the tokenizer {tokenizer.path} cannot encode"
+                f" ({str(error)[:200] or type(error).__name__}): shorten, mend or leave out that document"
+            ) from error
+    raise UserError(
+        f"the tokenizer {tokenizer.path} fails on {len(batch)} documents together, from"
+        f" {unit.stretches[batch[0][0]].file.path} on, but on none alone: run the same command again"
+    )
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether a tokenizer failed; what libraries in Rust raise for a fault of their own is no Exception."""
+    panicked = type(error).__name__ == "PanicException"
+    return panicked or (isinstance(error, Exception) and not isinstance(error, MemoryError))
+
+
 def _unit(stretches: Sequence[Stretch], settings: str) -> Unit:
     digest = hashlib.blake2b(settings.encode("utf-8", "surrogateescape"), digest_size=16)
     for stretch in stretches:
         file = stretch.file
-        place = (file.relative, file.path, file.num_bytes, file.modified_ns, stretch.start, stretch.end)
-        digest.update(repr(place).encode("utf-8", "surrogateescape"))
+        state = (file.relative, file.path, file.num_bytes, file.modified_ns, file.is_text)
+        digest.update(repr((*state, stretch.start, stretch.end)).encode("utf-8", "surrogateescape"))
     return Unit(stretches=tuple(stretches), key=digest.hexdigest())
 
 

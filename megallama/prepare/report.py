@@ -52,6 +52,8 @@ class SourceReport:
     """Their UTF-8."""
     damaged: int = 0
     """Records that gave no document."""
+    marked_documents: int = 0
+    """Documents in which U+2581 stands, which becomes a space."""
 
     def add(self, summary: UnitSummary) -> None:
         """Count a unit."""
@@ -62,6 +64,7 @@ class SourceReport:
         self.language_documents.update(summary.language_documents)
         self.language_bytes.update(summary.language_bytes)
         self.damaged += len(summary.damaged)
+        self.marked_documents += summary.marked_documents
 
     @property
     def script_shares(self) -> dict[str, float]:
@@ -82,8 +85,12 @@ class PrepareReport:
     """None with validation_fraction 0."""
     sources: tuple[SourceReport, ...]
     tokenizer: Tokenizer
+    begin_id: int | None
+    """The token that each document begins with."""
     damaged: tuple[Damage, ...]
     """Records that gave no document."""
+    passed_over: Counter[str]
+    """Files below the inputs that were not read, by reason."""
     resumed_bytes: int
     """Bytes of the corpus that an earlier attempt had done."""
     was_complete: bool = False
@@ -107,6 +114,7 @@ def build_report(
     sources: Iterable[SourceReport],
     tokenizer: Tokenizer,
     damaged: Iterable[Damage],
+    passed_over: Mapping[str, int],
     resumed_bytes: int,
     was_complete: bool = False,
 ) -> PrepareReport:
@@ -126,7 +134,9 @@ def build_report(
         validation=splits.get(VALID),
         sources=tuple(sources),
         tokenizer=tokenizer,
+        begin_id=manifests[TRAIN].begin_id,
         damaged=tuple(damaged),
+        passed_over=Counter(passed_over),
         resumed_bytes=resumed_bytes,
         was_complete=was_complete,
     )
@@ -136,7 +146,12 @@ def write_report(work: WorkFolder, report: PrepareReport, counts: npt.NDArray[np
     """`prepared.json`, `token-counts.npy`, `damaged.jsonl`; the same however often it was interrupted."""
     splits = {TRAIN: report.train, VALID: report.validation}
     content = {
-        "tokenizer": {"name": report.tokenizer.name, "sha256": report.tokenizer.sha256},
+        "tokenizer": {
+            "name": report.tokenizer.name,
+            "sha256": report.tokenizer.sha256,
+            "begin_id": report.begin_id,
+            "eod_id": report.tokenizer.eod_id,
+        },
         "splits": {
             name: {"documents": split.documents, "tokens": split.tokens, "shards": split.shards}
             for name, split in splits.items()
@@ -157,9 +172,11 @@ def write_report(work: WorkFolder, report: PrepareReport, counts: npt.NDArray[np
                     for language, count in sorted(source.language_documents.items())
                 },
                 "damaged_records": source.damaged,
+                "documents_with_u2581": source.marked_documents,
             }
             for source in report.sources
         ],
+        "files_passed_over": dict(sorted(report.passed_over.items())),
         "token_ids_used": int(np.count_nonzero(counts)),
         "token_ids": int(counts.size),
     }
@@ -190,6 +207,7 @@ def read_report(folder: Path, *, tokenizer: Tokenizer) -> PrepareReport:
             language_documents=Counter({name: n["documents"] for name, n in source["languages"].items()}),
             language_bytes=Counter({name: n["text_bytes"] for name, n in source["languages"].items()}),
             damaged=source["damaged_records"],
+            marked_documents=source["documents_with_u2581"],
         )
         for source in content["sources"]
     ]
@@ -203,6 +221,7 @@ def read_report(folder: Path, *, tokenizer: Tokenizer) -> PrepareReport:
         sources=sources,
         tokenizer=tokenizer,
         damaged=damaged,
+        passed_over=content["files_passed_over"],
         resumed_bytes=sum(source.bytes for source in sources),
         was_complete=True,
     )

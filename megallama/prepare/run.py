@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from megallama.prepare.report import (
 )
 from megallama.prepare.token_writer import join_units
 from megallama.prepare.workers import Work, encode_units, writing_failed
+from megallama.tokenizers.begin import Begin, begin_token
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
 from megallama.tokens.origins import FILES
 
@@ -45,13 +47,15 @@ def prepare(
     text_field: str = "text",
     shard_tokens: int | None = None,
     max_damaged: int = 0,
+    begin: Begin = "tokenizer",
     unit_bytes: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PrepareReport:
     """Tokenizes `inputs` into `<output>/train.{bin,idx,json}` and `<output>/valid.{bin,idx,json}`.
 
-    Each document ends with the tokenizer's end-of-document token. Whether a document is for validation
+    Each document ends with the tokenizer's end-of-document token, and begins with its begin token where `begin` says
+    so; the manifests record both. Whether a document is for validation
     is a hash of `seed`, its relative path and its place there, so it does not change when others come or go;
     with two or more documents neither split is empty. With `shard_tokens` a split is `train-00000`,
     `train-00001` ..., each of at most that many tokens. `prepared.json` and `token-counts.npy` tell what is in it.
@@ -74,14 +78,17 @@ def prepare(
         if published is None:
             check_output(folder, overwrite=overwrite)
         loaded = load_tokenizer(tokenizer)
+        passed_over: Counter[str] = Counter()
         job = _Job(
-            files=expand_inputs(inputs, suffixes=suffixes),
+            files=expand_inputs(inputs, suffixes=suffixes, text_field=text_field, passed_over=passed_over),
             tokenizer=loaded,
+            begin_id=begin_token(loaded, begin),
             reading=reading,
             seed=seed,
             unit_bytes=unit_bytes,
             validation_fraction=validation_fraction,
             shard_tokens=shard_tokens,
+            passed_over=passed_over,
         )
         if published is not None:
             if published == job.key:
@@ -99,11 +106,14 @@ class _Job:
 
     files: Sequence[CorpusFile]
     tokenizer: Tokenizer
+    begin_id: int | None
     reading: Reading
     seed: int
     unit_bytes: int | None
     validation_fraction: float
     shard_tokens: int | None
+    passed_over: Counter[str]
+    """Files below the inputs that are not read, by reason."""
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -114,7 +124,8 @@ class _Job:
             self.files,
             reading=self.reading,
             seed=self.seed,
-            tokenizer_sha256=self.tokenizer.sha256,
+            tokenizer=self.tokenizer,
+            begin_id=self.begin_id,
             unit_bytes=self.unit_bytes,
         )
         return list(planned)
@@ -142,7 +153,8 @@ def _prepare(
             folder=work.units,
             output=folder,
             tokenizer_path=tokenizer.path,
-            tokenizer_sha256=tokenizer.sha256,
+            tokenizer_identity=(tokenizer.sha256, tokenizer.eod_id),
+            begin_id=job.begin_id,
             reading=job.reading,
             seed=job.seed,
             max_damaged=max_damaged,
@@ -151,12 +163,13 @@ def _prepare(
         _tokenize(units, task, tally, tokenizer=tokenizer, workers=workers, progress=progress)
         if tally.documents < (2 if job.validation_fraction else 1):
             work.remove()  # nothing worth keeping
-            raise _one_document() if tally.documents else empty_corpus(job.files)
+            raise _too_few_documents(job, tally)
         manifests, counts = join_units(
             [unit_path(work.units, unit.key) for unit in units],
             work.start_finishing(),
             files_of=_files_of(units, job.files),
             tokenizer=tokenizer,
+            begin_id=job.begin_id,
             validation_fraction=job.validation_fraction,
             shard_tokens=job.shard_tokens,
         )
@@ -166,6 +179,7 @@ def _prepare(
             sources=tally.sources.values(),
             tokenizer=tokenizer,
             damaged=tally.damaged,
+            passed_over=job.passed_over,
             resumed_bytes=tally.resumed_bytes,
         )
         write_report(work, report, counts)
@@ -193,7 +207,15 @@ def _check_numbers(
         )
 
 
-def _one_document() -> UserError:
+def _too_few_documents(job: _Job, tally: _Tally) -> UserError:
+    if tally.damaged:
+        found = "no document is" if not tally.documents else "only one document is"
+        return UserError(
+            f"{found} left of the corpus, the other records are damaged ({len(tally.damaged):,} of them), the first:"
+            f" {tally.damaged[0].problem}"
+        )
+    if not tally.documents:
+        return empty_corpus(job.files)
     return UserError(
         "the corpus is one document, which cannot be split: give --validation-fraction 0, more"
         " files, or --documents blank_line to cut text files at blank lines"

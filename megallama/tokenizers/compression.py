@@ -79,7 +79,7 @@ def sample_text(
     Raises:
         UserError: inputs that `expand_inputs` or `stream_documents` refuse, or without text.
     """
-    files = expand_inputs(inputs, suffixes=suffixes)
+    files = expand_inputs(inputs, suffixes=suffixes, text_field=text_field)
     reading = Reading(documents=documents, text_field=text_field, separator=separator)
     texts = (document.text for document in stream_documents(files, reading=reading))
     lines = sample_lines(texts, seed=seed, sample_bytes=sample_bytes)

@@ -7,6 +7,8 @@ tokens of a text are the old ones, joined. (With the scores of the second model,
 
 from __future__ import annotations
 
+import math
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ from megallama.tokenizers.load import SentencePieceTokenizer, Tokenizer, load_to
 from megallama.tokenizers.training import check_model_output, write_model
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+_FLOAT_BITS = 24
+_LARGEST_FLOAT = (2.0 - 2.0**-23) * 2.0**127
+"""Of the numbers in which scores are stored."""
 _MODEL_TYPES = {
     sentencepiece_model_pb2.TrainerSpec.BPE: "bpe",
     sentencepiece_model_pb2.TrainerSpec.UNIGRAM: "unigram",
@@ -160,18 +165,34 @@ def _reason_to_skip(
 
 
 def _new_scores(first: Any, chosen: Sequence[Any]) -> list[float]:
-    """A score below all of `first` for each chosen piece, in falling order.
+    """A score below all of `first` for each chosen piece, each lower than the one before as the file stores it.
 
-    BPE scores only rank merges: whole steps. Unigram scores are log-probabilities: the differences stay, so that the
-    commonest new piece lies 1 below the rarest old one.
+    A file has float32, whose steps are 64 near the -1e9 that LLaMA and Mistral give their runs of spaces. BPE scores
+    only rank merges: whole steps where that is enough. Unigram scores are log-probabilities: the differences stay, so
+    that the commonest new piece lies 1 below the rarest old one.
+
+    Raises:
+        UserError: there are not so many numbers below the scores of `first`.
     """
-    lowest = min(piece.score for piece in first.pieces if piece.type == _Piece.NORMAL)
-    if first.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE:
-        return [lowest - 1 - rank for rank in range(len(chosen))]
+    before = min(piece.score for piece in first.pieces if piece.type == _Piece.NORMAL)
+    is_bpe = first.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
     best = max((piece.score for piece in chosen if piece.type == _Piece.NORMAL), default=0.0)
-    return [
-        lowest - 1 + (piece.score - best) if piece.type == _Piece.NORMAL else piece.score for piece in chosen
-    ]
+    highest = before - 1
+    scores = []
+    for piece in chosen:
+        if not is_bpe and piece.type != _Piece.NORMAL:
+            scores.append(piece.score)
+            continue
+        least_step = 2.0 ** (math.frexp(before)[1] - _FLOAT_BITS)
+        before -= max(1.0, least_step) if is_bpe else max(before - highest - piece.score + best, least_step)
+        if before < -_LARGEST_FLOAT:
+            raise UserError(
+                "the first model has a piece with the lowest score that there is, below which no new piece can stand:"
+                " raise that score"
+            )
+        (before,) = struct.unpack("<f", struct.pack("<f", before))
+        scores.append(before)
+    return scores
 
 
 def _count_unreachable(tokenizer: Tokenizer, ids: range) -> int:

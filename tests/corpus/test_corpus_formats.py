@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +40,8 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".zst": zstandard.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
     # Several members or frames, as parallel compressors and `cat` write them.
     ".many.gz": lambda content: b"".join(
         gzip.compress(content[i : i + 50]) for i in range(0, len(content), 50)
@@ -44,7 +49,17 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".many.zst": lambda content: b"".join(
         zstandard.compress(content[i : i + 50]) for i in range(0, len(content), 50)
     ),
+    # With the padding that may stand between streams of xz.
+    ".many.xz": lambda content: b"".join(
+        lzma.compress(content[i : i + 50]) + bytes(8) for i in range(0, len(content), 50)
+    ),
+    ".many.bz2": lambda content: b"".join(
+        bz2.compress(content[i : i + 50]) for i in range(0, len(content), 50)
+    ),
 }
+
+
+WHITE = "".join(chr(code) for code in range(sys.maxunicode) if chr(code).isspace()) + "\u200b\ufeff"
 
 
 def records(path: Path, reading: Reading, *, stretch_bytes: int = 1 << 20) -> list[Document | Damage]:
@@ -105,7 +120,7 @@ def test_any_cut_gives_the_documents_of_the_definition(
     folder = tmp_path_factory.mktemp("cuts")
     path = folder / f"文.txt{kind}".replace(".txt.many", ".many.txt")
     path.write_bytes(COMPRESS[kind](content.encode()))
-    blank = plain_parts(content, lambda line: not line.encode().strip())
+    blank = plain_parts(content, lambda line: not line.strip(WHITE))
     assert texts(path, BLANK, stretch_bytes=stretch_bytes) == blank
     parted = plain_parts(content, lambda line: line.rstrip("\r\n") == "——分隔——")
     assert texts(path, SEPARATOR, stretch_bytes=stretch_bytes) == parted
@@ -147,16 +162,46 @@ def test_any_cut_of_json_lines_gives_every_text_once(
     assert keys == [record.key for record in records(path, FILE) if isinstance(record, Document)]
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
-@pytest.mark.parametrize("stretch_bytes", [1, 300, 1 << 20])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.binary(),
+        pyarrow.large_binary(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        pyarrow.dictionary(pyarrow.int16(), pyarrow.binary()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stretch_bytes", [300, 1 << 20])
 def test_parquet_by_row_groups(tmp_path: Path, kind: pyarrow.DataType, stretch_bytes: int) -> None:
     values = [f"第{number}行\n text" for number in range(700)]
-    table = pyarrow.table({"id": range(700), "正文": pyarrow.array(values, kind)})
+    is_bytes = pyarrow.types.is_dictionary(kind) and pyarrow.types.is_binary(kind.value_type)
+    plain = pyarrow.array(values, pyarrow.string())
+    column = plain.cast(pyarrow.binary()).dictionary_encode().cast(kind) if is_bytes else plain.cast(kind)
+    table = pyarrow.table({"id": range(700), "正文": column})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=90)
     reading = Reading(text_field="正文")
     assert texts(tmp_path / "a.parquet", reading, stretch_bytes=stretch_bytes) == values
     keys = [r.key for r in records(tmp_path / "a.parquet", reading, stretch_bytes=stretch_bytes)]  # type: ignore[union-attr]
     assert keys == [f"a.parquet:{number}" for number in range(700)]
+
+
+def test_parquet_by_fields_inside_a_column(tmp_path: Path) -> None:
+    rows = [{"text": "一", "n": {"deep": "深"}}, {"text": "二", "n": {"deep": "处"}}]
+    table = pyarrow.table({"data": rows, "a.b": ["dotted", "name"], "a": [{"b": "x"}, {"b": "y"}]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name, values in (
+        ("data.text", ["一", "二"]),
+        ("data.n.deep", ["深", "处"]),
+        ("a.b", ["dotted", "name"]),
+    ):
+        assert texts(tmp_path / "a.parquet", Reading(text_field=name)) == values
+    pyarrow.parquet.write_table(pyarrow.table({"data": [rows[0], None]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"row 2 has no text in column 'data.text'"):
+        texts(tmp_path / "a.parquet", Reading(text_field="data.text"))
 
 
 GOOD = b"".join(json.dumps({"text": f"good {n}"}).encode() + b"\n" for n in range(2000))
@@ -207,6 +252,19 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda p: spoil_middle(p, zstandard.ZstdCompressor(write_checksum=True).compress(GOOD)),
         r"a\.txt\.zst is damaged \(",
     ),
+    "xz cut short": ("a.txt.xz", lambda p: cut_short(p, lzma.compress(GOOD)), r"a\.txt\.xz is damaged \("),
+    "xz spoiled in its second stream": (
+        "a.txt.xz",
+        lambda p: p.write_bytes(lzma.compress(GOOD) + b"spoiled" + lzma.compress(GOOD)[7:]),
+        r"a\.txt\.xz is damaged \(",
+    ),
+    "bz2 cut short": ("a.txt.bz2", lambda p: cut_short(p, bz2.compress(GOOD)), r"a\.txt\.bz2 is damaged \("),
+    "bz2 spoiled in its second stream": (
+        "a.txt.bz2",
+        lambda p: p.write_bytes(bz2.compress(GOOD) + b"spoiled" + bz2.compress(GOOD)[7:]),
+        r"a\.txt\.bz2 is damaged \(",
+    ),
+    "no bz2": ("a.txt.bz2", lambda p: p.write_bytes(b"plain text"), r"a\.txt\.bz2 is damaged \("),
     "no zstd": ("a.txt.zst", lambda p: p.write_bytes(b"plain text"), r"a\.txt\.zst is damaged \("),
     "no parquet": (
         "a.parquet",
@@ -218,6 +276,16 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "a.parquet",
         lambda p: parquet_of(p, ["x"], name="body"),
         r"a\.parquet has no column 'text' of text \(it has body: string\): name the column",
+    ),
+    "parquet with a column of another type": (
+        "a.parquet",
+        lambda p: pyarrow.parquet.write_table(pyarrow.table({"text": [["x"]]}), p),
+        r"a\.parquet has no text in column 'text' \(list<.*: name the column with --text-field",
+    ),
+    "parquet with bytes that are no text": (
+        "a.parquet",
+        lambda p: pyarrow.parquet.write_table(pyarrow.table({"text": [b"x", "中".encode("gbk")]}), p),
+        r"a\.parquet row 2 is not UTF-8",
     ),
     "parquet with an empty cell": (
         "a.parquet",
@@ -332,3 +400,20 @@ def test_the_end_of_a_line_is_no_boundary_wherever_the_file_is_cut(tmp_path: Pat
         assert texts(path, SEPARATOR, stretch_bytes=stretch_bytes) == parted
         blank = ["一\nx——分隔——\n二  \n——分隔——\n三\n", "四"]
         assert texts(path, BLANK, stretch_bytes=stretch_bytes) == blank
+
+
+@pytest.mark.parametrize("kind", ["", ".gz"])
+def test_files_with_cr_alone_have_lines(tmp_path: Path, kind: str) -> None:
+    parts = ["一\r二\r", "  three\r", "four"]
+    path = tmp_path / f"a.txt{kind}"
+    path.write_bytes(COMPRESS[kind]("\r".join(["\r", parts[0], "\u3000\r", *parts[1:]]).encode()))
+    lines = tmp_path / f"b.jsonl{kind}"
+    lines.write_bytes(COMPRESS[kind](b'{"text": "a\\nb"}\r\r{"text": "b"}\r[\r{"text": 1}'))
+    for stretch_bytes in (1, 7, 1 << 20):
+        assert texts(path, BLANK, stretch_bytes=stretch_bytes) == parts
+        found = records(lines, FILE, stretch_bytes=stretch_bytes)
+        assert [r.line if isinstance(r, Damage) else r.text for r in found] == ["a\nb", "b", 4, 5]
+    assert texts(path, FILE) == ["\r".join(["\r", parts[0], "\u3000\r", *parts[1:]])]
+    # Where lines end with LF, a CR among them is text.
+    path.write_bytes(COMPRESS[kind](b"one\r\rstill one\n\ntwo"))
+    assert texts(path, BLANK) == ["one\r\rstill one\n", "two"]

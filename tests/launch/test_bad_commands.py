@@ -43,7 +43,7 @@ CORPORA: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "not UTF-8": (
         lambda folder: write(folder, "b.txt", TEXT + "词".encode("gbk")),
         [],
-        f"file bad/b.txt is not UTF-8 (byte 0xb4 at offset {len(TEXT)}): convert it (iconv -t UTF-8)",
+        f"file bad/b.txt is not UTF-8 (byte 0xb4 at offset {len(TEXT)})",
     ),
     "JSON that is none": (
         lambda folder: write(folder, "c.jsonl", b'{"text": "a"}\n\n{"text": \n'),

@@ -19,6 +19,8 @@ from megallama.tokenizers.training import train_tokenizer
 from tests.support.corpus import make_text
 from tests.support.materials import LLAMA3, MISTRAL, chinese_chapters
 
+MISTRAL_LOWEST = -1e9
+"""The score of its runs of spaces, as in LLaMA."""
 SYMBOL = "<|问|>"
 ENGLISH = "The wind blows   over 1,234 hills; def f(x): return x ** 2  # naïve 中 café"
 
@@ -69,6 +71,41 @@ def test_every_old_id_keeps_its_piece_type_and_score(
     assert merged.proto.normalizer_spec == first.proto.normalizer_spec
     assert (merged.eod_id, merged.bos_id) == (first.eod_id, first.bos_id)
     assert merged.proto.trainer_spec.vocab_size == merged.vocab_size
+
+
+def _rescaled(path: Path, lowest: float) -> Path:
+    """Mistral's model with another score for its runs of spaces."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(MISTRAL.read_bytes())
+    for piece in proto.pieces:
+        if piece.score == MISTRAL_LOWEST:
+            piece.score = lowest
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("lowest", [MISTRAL_LOWEST, -(2.0**24) + 5, -1e30, None])
+def test_new_scores_are_distinct_and_below_the_old_ones_as_stored(
+    second: SentencePieceTokenizer, corpus: Path, tmp_path: Path, lowest: float | None
+) -> None:
+    if lowest is None:
+        one = train_tokenizer([corpus], tmp_path / "one", vocab_size=390)
+    else:
+        one = _rescaled(tmp_path / "one.model", lowest)
+    report = merge_tokenizers(one, second.path, tmp_path / "both", max_pieces=300)
+    pieces = SentencePieceTokenizer(report.path).proto.pieces
+    scores = [piece.score for piece in pieces[report.old_size :]]
+    assert len(scores) == 300 and scores == sorted(set(scores), reverse=True)
+    assert scores[0] < min(piece.score for piece in pieces[: report.old_size])
+    order = [piece.piece for piece in pieces[report.old_size :] if piece.piece != SYMBOL]
+    theirs = [piece.piece for piece in sorted(second.proto.pieces, key=lambda piece: -piece.score)]
+    assert order == [piece for piece in theirs if piece in set(order)], (
+        "the order of the second model's merges"
+    )
+
+
+def test_scores_that_have_none_below_them_are_refused(second: SentencePieceTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the lowest score that there is"):
+        merge_tokenizers(_rescaled(tmp_path / "one.model", -3.4028234e38), second.path, tmp_path / "both")
 
 
 def test_each_piece_is_there_once_and_none_of_the_second_is_lost(
@@ -135,6 +172,8 @@ def test_unigram_models_merge_too(book: Path, corpus: Path, tmp_path: Path) -> N
     report = merge_tokenizers(one, two, tmp_path / "both")
     loaded, old = SentencePieceTokenizer(report.path), SentencePieceTokenizer(one)
     assert list(loaded.proto.pieces[:390]) == list(old.proto.pieces)
+    scores = [piece.score for piece in loaded.proto.pieces[390:]]
+    assert scores == sorted(set(scores), reverse=True) and scores[0] < min(p.score for p in old.proto.pieces)
     line = max(chinese_chapters()[3].split("\n"), key=len)
     assert loaded.decode(loaded.encode(line)) == line
     assert len(loaded.encode(line)) < 0.5 * len(old.encode(line))

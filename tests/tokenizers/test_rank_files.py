@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.host.errors import UserError
+from megallama.tokenizers import rank_files
 from megallama.tokenizers.interface import PieceKind
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
+from megallama.tokenizers.rank_files import LONG_RUN
 from tests.support.materials import LLAMA3, QWEN, QWEN35, chinese_chapters
 from tests.tokenizers.test_load import TRICKY
 
@@ -96,10 +99,35 @@ def test_every_line_of_a_chinese_novel_survives(llama3: Tokenizer, qwen: Tokeniz
         assert qwen.decode(qwen.encode(line)) == line
 
 
-@pytest.mark.parametrize("piece", ["中", "a", " ", "\n", "中，"])
+@pytest.mark.parametrize("piece", ["中", "a", "\n", "中，"])
 def test_long_runs_are_no_trouble(llama3: Tokenizer, piece: str) -> None:
     text = piece * (300_000 // len(piece))
     assert llama3.decode(llama3.encode(text)) == text
+
+
+def test_a_million_spaces_are_no_trouble(llama3: Tokenizer) -> None:
+    text = "。\n" + " " * 1_000_000 + "完"
+    assert llama3.decode(llama3.encode(text)) == text
+
+
+spaces = st.sampled_from([" ", "  ", "    ", "\n", "\r\n", "\t", "\u3000", "\xa0", "\x1c", "\x85", "\u2028"])
+others = st.sampled_from(["a", "中", "1", ".", "。", "'s", "\u0301", "😀", "_", "\u0e34", "²", "Ⅷ"])
+
+
+@pytest.mark.parametrize("path", [LLAMA3, QWEN, QWEN35])
+def test_runs_are_cut_where_the_pattern_cuts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_tokenizer(path)
+
+    @settings(deadline=None, max_examples=150)
+    @given(parts=st.lists(st.one_of(spaces, spaces, spaces, others), max_size=20))
+    def check(parts: list[str]) -> None:
+        text = "".join(parts)
+        whole = loaded.encode(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(rank_files, "LONG_RUN", re.compile(LONG_RUN.pattern.replace("16384", "3")))
+            assert loaded.encode(text) == whole
+
+    check()
 
 
 def test_special_tokens_are_neither_read_from_text_nor_shown(llama3: Tokenizer) -> None:

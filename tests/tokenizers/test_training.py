@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from megallama.cli import main
 from megallama.host.errors import UserError
+from megallama.host.memory import memory_bytes
+from megallama.tokenizers import training
 from megallama.tokenizers.interface import PieceKind
 from megallama.tokenizers.load import load_tokenizer
-from megallama.tokenizers.training import sample_lines, train_tokenizer
+from megallama.tokenizers.training import sample_lines, train_tokenizer, training_memory
 from tests.support.corpus import CHINESE
 
 
@@ -73,10 +76,52 @@ def test_sample_is_bounded_seeded_ordered_and_spread() -> None:
     assert len(sample_lines(iter(texts), seed=7, sample_bytes=10**9)) == 5000
 
 
+def test_a_sample_takes_its_own_size_of_memory_and_once(tmp_path: Path) -> None:
+    line = CHINESE * 3
+    text = "\n".join(f"{number} {line}" for number in range(20_000))
+    size = len(text.encode())
+    tracemalloc.start()
+    try:
+        sample = sample_lines(iter([text]), seed=7, sample_bytes=size // 10)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    strings = sum(map(sys.getsizeof, sample))
+    assert len(sample) > 1900 and held < 1.2 * strings and peak < 2 * strings, (held, peak, strings)
+
+
+def test_what_a_sample_costs_is_told_before_the_corpus_is_read(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def train(sample_bytes: int) -> None:
+        told.clear()
+        train_tokenizer(
+            [corpus],
+            tmp_path,
+            vocab_size=390,
+            overwrite=True,
+            sample_bytes=sample_bytes,
+            announce=told.append,
+        )
+
+    train(10**10)
+    assert len(told) == 1 and "in silence, with up to 0.0 GB of memory" in told[0]
+    monkeypatch.setattr(training, "memory_bytes", lambda: 10**6)
+    train(10**10)
+    assert told[0].startswith("a sample of 0 MB takes up to 0 GB of memory (text without spaces")
+    train(30_000)
+    assert len(told) == 1, "what is sampled fits"
+    assert training_memory(10**10) > 200e9 and memory_bytes() > 1e8
+
+
 def test_long_lines_are_cut_not_dropped() -> None:
     line = CHINESE * 1000
     sample = sample_lines(iter([line]), seed=0, sample_bytes=10**9)
     assert "".join(sample) == line and max(map(len, sample)) <= 4096
+    # Old Macs end lines with CR alone; where there is LF, a CR inside a line stays there.
+    assert sample_lines(iter(["一\r二\r\r", "c\rd\r\n"]), seed=0, sample_bytes=99) == ["一", "二", "c\rd"]
 
 
 @pytest.mark.parametrize(
@@ -100,9 +145,14 @@ def test_impossible_settings_say_what_to_change(
 
 
 def test_user_symbols_are_one_token_wherever_they_stand(corpus: Path, tmp_path: Path) -> None:
-    symbols = ["<|用户|>", "##"]
+    symbols = ["<|用户|>", "##", "<end of turn>", " 轮  次", 'a,"b']
     path = train_tokenizer([corpus], tmp_path, vocab_size=390, user_symbols=symbols)
     loaded = load_tokenizer(path)
+    for symbol in symbols:
+        for text in (symbol, f"模型{symbol}x", f"a {symbol} {symbol}"):
+            ids = loaded.encode(text)
+            assert loaded.decode(ids) == text and loaded.encode_batch([text]) == [ids]
+            assert [loaded.surface(i).decode() for i in ids].count(symbol) == text.count(symbol)
     labels = [loaded.label(i) for i in loaded.encode("a##中<|用户|>模型")]
     assert [label for label in labels if label in symbols] == ["##", "<|用户|>"]
     assert {loaded.kind(i) for i in loaded.encode("##")} == {PieceKind.user}
@@ -112,6 +162,10 @@ def test_user_symbols_are_one_token_wherever_they_stand(corpus: Path, tmp_path: 
 def test_symbols_that_cannot_be_tokens_are_refused(corpus: Path, tmp_path: Path, symbol: str) -> None:
     with pytest.raises(UserError, match="user symbol"):
         train_tokenizer([corpus], tmp_path / "out", vocab_size=390, user_symbols=[symbol])
+    with pytest.raises(UserError, match="would never be found: write it without what changes"):
+        train_tokenizer(
+            [corpus], tmp_path / "out", vocab_size=390, normalization="nfkc", user_symbols=["问 １"]
+        )
     with pytest.raises(UserError, match="given twice"):
         train_tokenizer([corpus], tmp_path / "out", vocab_size=390, user_symbols=["甲", "甲"])
 
