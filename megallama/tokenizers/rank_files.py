@@ -164,7 +164,7 @@ class RankTokenizer(Tokenizer):
         """See `Tokenizer`."""
         text.encode("utf-8")
         text = self._normal(text)
-        if self._family.pattern in _WORDS and LONG_RUN.search(text):
+        if self.family.pattern in _WORDS and LONG_RUN.search(text):
             return [token for part in self._parts(text) for token in part]
         return self._encoding.encode_ordinary(text)
 
@@ -212,7 +212,7 @@ class RankTokenizer(Tokenizer):
         characters. It means: of a run all up to its last line end is one piece, then all but its last character, which
         goes with what follows, if anything does. Line ends behind punctuation belong to that.
         """
-        words = _WORDS[self._family.pattern]
+        words = _WORDS[self.family.pattern]
         start = 0
         for run in LONG_RUN.finditer(text):
             first, end = run.span()
@@ -230,7 +230,7 @@ class RankTokenizer(Tokenizer):
     def _undivided(self) -> tiktoken.Encoding:
         """The merges alone: any text is one piece."""
         return tiktoken.Encoding(
-            self.path.name, pat_str=r"(?s).+", mergeable_ranks=self._ranks, special_tokens={}
+            self.path.name, pat_str=r"(?s).+", mergeable_ranks=self.ranks, special_tokens={}
         )
 
     def _normal(self, text: str) -> str:
