@@ -24,6 +24,7 @@ from megallama.commands import (
 from megallama.commands.parser import CommandParser
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.log import quiet_libraries
+from megallama.host.open_files import raise_limit, too_many_open
 from megallama.host.version import version
 
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     quiet_libraries()
+    raise_limit()
     try:
         return options.command(options) or 0
     except UserError as error:
@@ -46,6 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (head, a closed pager) left; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        known = too_many_open(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        return EXIT_USER_ERROR
     return 0
 
 

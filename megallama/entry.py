@@ -15,6 +15,7 @@ from megallama.config.command_line import CommandLine, add_run_words, add_shows
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.launch import LaunchEnvironment, read_launch_environment, tell_libraries
 from megallama.host.log import quiet_libraries
+from megallama.host.open_files import raise_limit, too_many_open
 from megallama.preflight import check_job
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str], *, hooks: Sequence[Hook] = (), disk: Disk | N
     """
     environment = LaunchEnvironment()
     quiet_libraries()
+    raise_limit()
     try:
         environment = read_launch_environment()
         line = CommandLine.of(_parser().parse_args(arguments))
@@ -55,6 +57,12 @@ def main(arguments: Sequence[str], *, hooks: Sequence[Hook] = (), disk: Disk | N
                 break
     except UserError as error:
         _report(error, environment)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        known = too_many_open(error)
+        if known is None:
+            raise
+        _report(known, environment)
         return EXIT_USER_ERROR
     return 0
 
