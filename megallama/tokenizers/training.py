@@ -102,8 +102,8 @@ def train_tokenizer(
         duration = "minutes" if model_type == "bpe" else "hours"
         announce(
             f"training {model_type} of {vocab_size:,} ids on {len(lines):,} lines ({size / 1e6:.1f} MB) of"
-            f" {len(files):,} files: {duration} for some hundred MB, in silence, with up to {gigabytes:.1f} GB of memory"
-            + (f" (not read: {describe_passed_over(passed_over)})" if passed_over else "")
+            f" {len(files):,} files: {duration} for some hundred MB, in silence, with up to {gigabytes:.1f} GB"
+            " of memory" + (f" (not read: {describe_passed_over(passed_over)})" if passed_over else "")
         )
     model = io.BytesIO()
     try:
