@@ -21,6 +21,7 @@ from megallama.huggingface.checkpoint_source import (
 )
 from megallama.huggingface.in_memory import Sampling, continue_ids, load_in_memory
 from megallama.huggingface.model_folder import kept_end_ids
+from megallama.huggingface.tokenizer.run_data import begin_of_run
 from megallama.tokenizers.begin import Begin, begin_token
 from megallama.tokenizers.files import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
@@ -113,7 +114,7 @@ def generate(
     *,
     max_new_tokens: int = 200,
     sampling: Sampling | None = None,
-    begin: Begin = "tokenizer",
+    begin: Begin | None = None,
     show: Callable[[str], None] = lambda part: None,
 ) -> str:
     """Text that continues `prompt`; `show` is given the same in parts, as characters become whole.
@@ -123,7 +124,8 @@ def generate(
         prompt: What to continue.
         max_new_tokens: Most tokens to add; the text may end before.
         sampling: How tokens are chosen.
-        begin: Whether the begin token stands before the prompt.
+        begin: Whether the begin token stands before the prompt. None: as in the run's data, if they are still there,
+            else as the tokenizer's files say.
         show: Called with an empty part first, when all that can be wrong has been looked at.
 
     Raises:
@@ -137,7 +139,7 @@ def generate(
         )
     generator = open_generator(run_dir)
     tokenizer = generator.tokenizer
-    first = begin_token(tokenizer, begin)
+    first = begin_of_run(run_dir, tokenizer) if begin is None else begin_token(tokenizer, begin)
     ids = [*([] if first is None else [first]), *tokenizer.encode(prompt)] or [tokenizer.eod_id]
     if max(ids) >= generator.model.vocab_size:
         raise UserError(

@@ -28,8 +28,11 @@ _NORMALIZERS = {
 }
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer in Hugging Face's form; special tokens keep their ids and are read out of texts there."""
+def tokenizer_json(tokenizer: Tokenizer, *, begin_id: int | None = None) -> tokenizers.Tokenizer:
+    """The same tokenizer in Hugging Face's form, with `begin_id` before each text where special tokens are asked for.
+
+    Special tokens keep their ids. Their names are read out of texts there, unless it is told not to.
+    """
     if isinstance(tokenizer, RankTokenizer):
         made = _from_ranks(tokenizer)
     else:
@@ -42,10 +45,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
             if tokenizer.kind(token) is PieceKind.special
         ]
     )
-    if tokenizer.begins_texts and tokenizer.bos_id is not None:
-        begin = tokenizer.label(tokenizer.bos_id)
+    if begin_id is not None:
+        begin = tokenizer.label(begin_id)
         made.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.bos_id)]
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, begin_id)]
         )
     return made
 

@@ -113,12 +113,3 @@ def test_special_tokens_keep_their_ids(name, loaded):
     text = f"曹操{end}曹操"
     assert theirs.encode(text, add_special_tokens=False).ids.count(ours.eod_id) == 1
     theirs.encode_special_tokens = True
-
-
-def test_a_begin_token_is_written_where_the_files_ask_for_it(tmp_path):
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(MISTRAL.read_bytes())
-    assert tokenizer_json(load_tokenizer(path)).encode("a").ids == load_tokenizer(path).encode("a")
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}', encoding="utf-8")
-    tokenizer = load_tokenizer(path)
-    assert tokenizer_json(tokenizer).encode("a").ids == [1, *tokenizer.encode("a")]
