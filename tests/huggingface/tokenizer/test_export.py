@@ -134,21 +134,21 @@ def test_a_begin_token_of_the_data_is_that_of_the_export(begin, imported, tmp_pa
 def test_of_two_tokenizers_in_a_folder_one_is_loaded_kept_and_exported(imported, tmp_path):
     """A tokenizer.json with one end token more than the tokenizer.model beside it."""
     there = tmp_path / "there"
-    make_model("llama2", there, vocab_size=301)
+    make_model("llama2", there, vocab_size=291)
     (tmp_path / "t.txt").write_text("却说曹操大军 the cat\n" * 30, encoding="utf-8")
-    train_tokenizer([tmp_path / "t.txt"], there, vocab_size=300)
+    train_tokenizer([tmp_path / "t.txt"], there, vocab_size=290)
     made = tokenizer_json(load_tokenizer(there))
     made.add_special_tokens(["<|im_end|>"])
     made.save(str(there / "tokenizer.json"))
     (there / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}', encoding="utf-8")
     assert main(["import", str(there), "--output", str(tmp_path / "imported")]) == 0
     generator = open_generator(tmp_path / "imported")
-    assert (generator.tokenizer.eod_id, generator.tokenizer.vocab_size) == (300, 301)
-    assert generator.end_ids[0] == 300
+    assert (generator.tokenizer.eod_id, generator.tokenizer.vocab_size) == (290, 291)
+    assert generator.end_ids[0] == 290
     for number, like in enumerate(([], ["--like", str(there)], ["--like", str(tmp_path / "imported")])):
         out = tmp_path / f"out{number}"
         assert main(["export", str(tmp_path / "imported"), "--output", str(out), *like]) == 0
-        assert load_tokenizer(out).eod_id == 300 and not (out / "tokenizer.model").exists()
+        assert load_tokenizer(out).eod_id == 290 and not (out / "tokenizer.model").exists()
         assert (
             json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
             == "<|im_end|>"
