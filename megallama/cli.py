@@ -24,6 +24,7 @@ from megallama.commands import (
 from megallama.commands.parser import CommandParser
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.log import quiet_libraries
+from megallama.host.open_files import raise_limit, too_many_open
 from megallama.host.utf8 import use_utf8
 from megallama.host.version import version
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use_utf8()
     options = _parser().parse_args(arguments)
     quiet_libraries()
+    raise_limit()
     try:
         return options.command(options) or 0
     except UserError as error:
@@ -48,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (head, a closed pager) left; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        known = too_many_open(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        return EXIT_USER_ERROR
     return 0
 
 

@@ -15,6 +15,7 @@ from megallama.config.words.command_line import CommandLine, add_run_words, add_
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.launch import LaunchEnvironment, read_launch_environment, tell_libraries
 from megallama.host.log import quiet_libraries
+from megallama.host.open_files import raise_limit, too_many_open
 from megallama.host.utf8 import use_utf8
 from megallama.preflight import check_job
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str], *, hooks: Sequence[Hook] = (), disk: Disk | N
     environment = LaunchEnvironment()
     use_utf8()
     quiet_libraries()
+    raise_limit()
     try:
         environment = read_launch_environment()
         line = CommandLine.of(_parser().parse_args(arguments))
@@ -57,6 +59,12 @@ def main(arguments: Sequence[str], *, hooks: Sequence[Hook] = (), disk: Disk | N
                 break
     except UserError as error:
         _report(error, environment)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        known = too_many_open(error)
+        if known is None:
+            raise
+        _report(known, environment)
         return EXIT_USER_ERROR
     return 0
 

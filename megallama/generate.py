@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers.generation import BaseStreamer
 
 from megallama.checkpoint.format.integrity import latest_checkpoint
 from megallama.checkpoint.offline.reader import CheckpointReader
@@ -23,8 +20,9 @@ from megallama.huggingface.checkpoint_source import (
     model_of_checkpoint,
     trained_model,
 )
-from megallama.huggingface.in_memory import load_in_memory
+from megallama.huggingface.in_memory import Sampling, continue_ids, load_in_memory
 from megallama.huggingface.model_folder import kept_end_ids
+from megallama.huggingface.tokenizer.run_data import begin_of_run
 from megallama.tokenizers.begin import Begin, begin_token
 from megallama.tokenizers.files import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
@@ -34,50 +32,6 @@ log = logging.getLogger(__name__)
 
 _BROKEN = "\ufffd"
 """What a character decodes to whose bytes are not all there."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next tokens are chosen."""
-
-    temperature: float = 0.8
-    """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Only the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
-    repetition_penalty: float = 1.0
-    """Lowers the logits of tokens that the text has already (Keskar et al. 2019, arXiv:1909.05858); 1: no penalty."""
-    beams: int = 1
-    """Texts that beam search keeps, of which the likeliest is the result; it takes temperature 0."""
-    seed: int = 0
-    """Seed of the draw."""
-
-    def check(self) -> None:
-        """Raise UserError for values that make no sense."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(
-                f"--temperature ({self.temperature}) must be 0 or more: 0 is greedy decoding,"
-                " 1 samples from the model's distribution"
-            )
-        if self.top_k < 0:
-            raise UserError(
-                f"--top-k ({self.top_k}) must not be negative: give 0 for all tokens,"
-                " or the number of most likely tokens to keep"
-            )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p ({self.top_p}) must be in (0, 1]: 1 keeps all tokens")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UserError(
-                f"--repetition-penalty ({self.repetition_penalty}) must be above 0: 1 is no penalty, 1.1 a usual one"
-            )
-        if self.beams < 1:
-            raise UserError(f"--beams ({self.beams}) must be at least 1: 1 is no beam search")
-        if self.beams > 1 and self.temperature > 0:
-            raise UserError(
-                f"--beams ({self.beams}) looks for the likeliest text, and --temperature ({self.temperature}) draws"
-                " one: give --temperature 0, or no --beams"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,63 +60,15 @@ class Generator:
         Ids beyond the tokenizer are never drawn: they are padding, or spare ones that it cannot show. Beam search
         calls `show` once it is over.
         """
-        new: list[int] = []
-
-        def take(token: int) -> None:
-            if token not in self.end_ids:
-                new.append(token)
-                if show is not None:
-                    show(token)
-
-        device = next(self.network.parameters()).device
-        prompt = torch.tensor([list(ids)], device=device)
-        unknown = list(range(self.tokenizer.vocab_size, self.model.vocab_size))
-        settings: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": sampling.temperature > 0,
-            "num_beams": sampling.beams,
-            "repetition_penalty": sampling.repetition_penalty,
-            "suppress_tokens": unknown or None,
-            "eos_token_id": list(self.end_ids),
-            "pad_token_id": self.end_ids[0],
-        }
-        if sampling.temperature > 0:
-            settings |= {
-                "temperature": float(sampling.temperature),
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-            }
-        is_streamed = sampling.beams == 1
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(sampling.seed)
-            found = self.network.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=transformers.GenerationConfig(**settings),
-                streamer=_Streamer(take) if is_streamed else None,
-            )
-        if not is_streamed:
-            for token in found[0, len(ids) :].tolist():
-                take(token)
-        return new
-
-
-class _Streamer(BaseStreamer):
-    """Hands each new token on."""
-
-    def __init__(self, take: Callable[[int], None]) -> None:
-        self._take = take
-        self._has_prompt = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt first, then one token at a time."""
-        if self._has_prompt:
-            for token in value.flatten().tolist():
-                self._take(token)
-        self._has_prompt = True
-
-    def end(self) -> None:
-        """Nothing is held back."""
+        return continue_ids(
+            self.network,
+            ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            end_ids=self.end_ids,
+            never=range(self.tokenizer.vocab_size, self.model.vocab_size),
+            show=show,
+        )
 
 
 def open_generator(run_dir: Path) -> Generator:
@@ -209,7 +115,7 @@ def generate(
     *,
     max_new_tokens: int = 200,
     sampling: Sampling | None = None,
-    begin: Begin = "tokenizer",
+    begin: Begin | None = None,
     show: Callable[[str], None] = lambda part: None,
 ) -> str:
     """Text that continues `prompt`; `show` is given the same in parts, as characters become whole.
@@ -219,7 +125,8 @@ def generate(
         prompt: What to continue.
         max_new_tokens: Most tokens to add; the text may end before.
         sampling: How tokens are chosen.
-        begin: Whether the begin token stands before the prompt.
+        begin: Whether the begin token stands before the prompt. None: as in the run's data, if they are still there,
+            else as the tokenizer's files say.
         show: Called with an empty part first, when all that can be wrong has been looked at.
 
     Raises:
@@ -234,7 +141,7 @@ def generate(
         )
     generator = open_generator(run_dir)
     tokenizer = generator.tokenizer
-    first = begin_token(tokenizer, begin)
+    first = begin_of_run(run_dir, tokenizer) if begin is None else begin_token(tokenizer, begin)
     ids = [*([] if first is None else [first]), *tokenizer.encode(prompt)] or [tokenizer.eod_id]
     if max(ids) >= generator.model.vocab_size:
         raise UserError(

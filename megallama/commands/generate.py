@@ -40,8 +40,9 @@ def add(commands: Commands) -> None:
     generate.add_argument(
         "--begin-token",
         choices=["tokenizer", "always", "never"],
-        default="tokenizer",
-        help="put the begin-of-text token before the prompt (default: as the tokenizer's files say)",
+        default=None,
+        help="whether the prompt begins with the tokenizer's begin token (default: as the run's data, if they are still"
+        " there, else where the tokenizer's files say so)",
     )
     generate.add_argument("--seed", type=whole_number(least=0), default=0)
     generate.set_defaults(command=_generate)

@@ -31,6 +31,12 @@ def add(commands: Commands) -> None:
         required=True,
         help="tokenizer.model, tokenizer.json, a .tiktoken file, or their folder",
     )
+    prepare.add_argument(
+        "--begin-token",
+        choices=["tokenizer", "always", "never"],
+        default="tokenizer",
+        help="whether each document begins with the tokenizer's begin token (default: where its files say so)",
+    )
     prepare.add_argument("--output", required=True, help="folder that gets train.* and valid.*")
     prepare.add_argument("--validation-fraction", type=float, default=0.01)
     prepare.add_argument(
@@ -73,6 +79,7 @@ def _prepare(options: argparse.Namespace) -> None:
             text_field=options.text_field,
             shard_tokens=None if options.shard_tokens is None else int(options.shard_tokens),
             max_damaged=options.max_damaged,
+            begin=options.begin_token,
             overwrite=options.overwrite,
             progress=progress,
         )
@@ -103,6 +110,7 @@ def _show(report: PrepareReport) -> None:
             print(
                 f"    {source.marked_documents:,} documents hold U+2581, which this tokenizer takes for a space"
             )
+    print(f"  each document {_framed(report)}")
     if report.passed_over:
         total = report.passed_over.total()
         print(f"  not read: {total:,} ({describe_passed_over(report.passed_over)})")
@@ -112,3 +120,14 @@ def _show(report: PrepareReport) -> None:
         if split is not None:
             shards = f" in {split.shards:,} shards" if split.shards else ""
             print(f"  {split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens{shards}")
+
+
+def _framed(report: PrepareReport) -> str:
+    """Which tokens stand before and after each document."""
+    tokenizer, begin_id = report.tokenizer, report.begin_id
+    end = f"ends with {tokenizer.label(tokenizer.eod_id)} ({tokenizer.eod_id})"
+    if begin_id is not None:
+        return f"begins with {tokenizer.label(begin_id)} ({begin_id}) and {end}"
+    if tokenizer.bos_id is None:
+        return end
+    return f"{end}; none begins with {tokenizer.label(tokenizer.bos_id)} (--begin-token always puts it there)"

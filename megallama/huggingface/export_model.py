@@ -40,6 +40,7 @@ from megallama.huggingface.names import hugging_face_tensors
 from megallama.huggingface.safetensors_folder import TensorToWrite, write_safetensors
 from megallama.huggingface.tokenizer.agreement import disagreements, sample_of_run
 from megallama.huggingface.tokenizer.export import ExportedTokenizer, write_tokenizer
+from megallama.huggingface.tokenizer.run_data import begin_of_run
 from megallama.tokenizers.files import find_tokenizer
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -87,7 +88,10 @@ def export_model(
     places = [run / "tokenizer"] if like is None else [like / "tokenizer", like]
     found = next((file for place in places if (file := find_tokenizer(place)) is not None), None)
     with new_folder(output) as folder:
-        tokenizer = write_tokenizer(found, folder, context=model.max_seq_len) if found is not None else None
+        tokenizer = None
+        if found is not None:
+            begin = partial(begin_of_run, run)
+            tokenizer = write_tokenizer(found, folder, context=model.max_seq_len, begin_id=begin)
         _write_configs(folder, model, original, kept, tokenizer, dtype=dtype_name(chosen))
         name = tokenizer.tokenizer.name if tokenizer is not None else None
         (folder / CARD_FILE).write_text(model_card(reader, model, run, tokenizer=name), encoding="utf-8")

@@ -59,7 +59,7 @@ class Unit:
 
     stretches: tuple[Stretch, ...]
     key: str
-    """Digest of the stretches, the state of their files, the tokenizer and the way of reading."""
+    """Digest of the stretches, the state of their files, the tokenizer, the tokens round a document, the reading."""
 
     @property
     def num_bytes(self) -> int:
@@ -104,7 +104,8 @@ def plan_units(
     *,
     reading: Reading,
     seed: int,
-    tokenizer_sha256: str,
+    tokenizer: Tokenizer,
+    begin_id: int | None,
     unit_bytes: int | None = None,
 ) -> Iterator[Unit]:
     """Units that cover `files` in order, each of about `unit_bytes`, of one source, and small files together.
@@ -117,7 +118,7 @@ def plan_units(
         total = sum(file.num_bytes for file in files)
         while total // unit_bytes > MAX_UNITS and unit_bytes < MAX_UNIT_BYTES:
             unit_bytes *= 2
-    settings = repr((3, asdict(reading), seed, tokenizer_sha256))
+    settings = repr((3, asdict(reading), seed, tokenizer.sha256, tokenizer.eod_id, begin_id))
     group: list[Stretch] = []
     size = 0
     for stretch in cut_stretches(files, reading=reading, stretch_bytes=unit_bytes):
@@ -138,9 +139,16 @@ def unit_path(folder: Path, key: str) -> Path:
 
 
 def encode_unit(
-    unit: Unit, path: Path, *, tokenizer: Tokenizer, reading: Reading, seed: int, max_damaged: int
+    unit: Unit,
+    path: Path,
+    *,
+    tokenizer: Tokenizer,
+    begin_id: int | None,
+    reading: Reading,
+    seed: int,
+    max_damaged: int,
 ) -> UnitSummary:
-    """Tokenizes `unit` into the file `path`, which appears when it is whole.
+    """Tokenizes `unit` into the file `path`, which appears when it is whole; `begin_id` stands before each document.
 
     Memory is bounded by a batch of documents, however many there are.
 
@@ -153,6 +161,7 @@ def encode_unit(
     language_documents: Counter[str] = Counter()
     language_bytes: Counter[str] = Counter()
     dtype = token_type(tokenizer.vocab_size)
+    begin = [] if begin_id is None else [begin_id]
     keeps_mark = tokenizer.decode(tokenizer.encode(SPACE_MARK)) == SPACE_MARK
     path.parent.mkdir(exist_ok=True)
     with (
@@ -163,7 +172,7 @@ def encode_unit(
             texts = [document.text for _, document in batch]
             rows = np.empty(len(batch), dtype=_DOCUMENT)
             for index, ids in enumerate(_encode_batch(batch, unit, tokenizer)):
-                ids.append(tokenizer.eod_id)
+                ids = [*begin, *ids, tokenizer.eod_id]
                 stream.write(np.array(ids, dtype=dtype).tobytes())
                 number, document = batch[index]
                 rows[index] = len(ids), draw_of(document.key, seed=seed), number, document.place
@@ -195,7 +204,7 @@ class EncodedUnit:
     """Some documents of a finished unit, one after another."""
 
     tokens: npt.NDArray[np.integer]
-    """All documents one after another, each closed by the end-of-document token."""
+    """All documents one after another, each with its begin token, where there is one, and its end token."""
     lengths: npt.NDArray[np.int64]
     """Tokens of each document."""
     draws: npt.NDArray[np.float64]

@@ -85,6 +85,8 @@ class PrepareReport:
     """None with validation_fraction 0."""
     sources: tuple[SourceReport, ...]
     tokenizer: Tokenizer
+    begin_id: int | None
+    """The token that each document begins with."""
     damaged: tuple[Damage, ...]
     """Records that gave no document."""
     passed_over: Counter[str]
@@ -132,6 +134,7 @@ def build_report(
         validation=splits.get(VALID),
         sources=tuple(sources),
         tokenizer=tokenizer,
+        begin_id=manifests[TRAIN].begin_id,
         damaged=tuple(damaged),
         passed_over=Counter(passed_over),
         resumed_bytes=resumed_bytes,
@@ -143,7 +146,12 @@ def write_report(work: WorkFolder, report: PrepareReport, counts: npt.NDArray[np
     """`prepared.json`, `token-counts.npy`, `damaged.jsonl`; the same however often it was interrupted."""
     splits = {TRAIN: report.train, VALID: report.validation}
     content = {
-        "tokenizer": {"name": report.tokenizer.name, "sha256": report.tokenizer.sha256},
+        "tokenizer": {
+            "name": report.tokenizer.name,
+            "sha256": report.tokenizer.sha256,
+            "begin_id": report.begin_id,
+            "eod_id": report.tokenizer.eod_id,
+        },
         "splits": {
             name: {"documents": split.documents, "tokens": split.tokens, "shards": split.shards}
             for name, split in splits.items()

@@ -28,6 +28,7 @@ from megallama.prepare.report import (
 )
 from megallama.prepare.token_writer import join_units
 from megallama.prepare.workers import Work, encode_units, writing_failed
+from megallama.tokenizers.begin import Begin, begin_token
 from megallama.tokenizers.load import Tokenizer, load_tokenizer
 from megallama.tokens.origins import FILES
 
@@ -46,13 +47,15 @@ def prepare(
     text_field: str = "text",
     shard_tokens: int | None = None,
     max_damaged: int = 0,
+    begin: Begin = "tokenizer",
     unit_bytes: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PrepareReport:
     """Tokenizes `inputs` into `<output>/train.{bin,idx,json}` and `<output>/valid.{bin,idx,json}`.
 
-    Each document ends with the tokenizer's end-of-document token. Whether a document is for validation
+    Each document ends with the tokenizer's end-of-document token, and begins with its begin token where `begin` says
+    so; the manifests record both. Whether a document is for validation
     is a hash of `seed`, its relative path and its place there, so it does not change when others come or go;
     with two or more documents neither split is empty. With `shard_tokens` a split is `train-00000`,
     `train-00001` ..., each of at most that many tokens. `prepared.json` and `token-counts.npy` tell what is in it.
@@ -79,6 +82,7 @@ def prepare(
         job = _Job(
             files=expand_inputs(inputs, suffixes=suffixes, text_field=text_field, passed_over=passed_over),
             tokenizer=loaded,
+            begin_id=begin_token(loaded, begin),
             reading=reading,
             seed=seed,
             unit_bytes=unit_bytes,
@@ -102,6 +106,7 @@ class _Job:
 
     files: Sequence[CorpusFile]
     tokenizer: Tokenizer
+    begin_id: int | None
     reading: Reading
     seed: int
     unit_bytes: int | None
@@ -119,7 +124,8 @@ class _Job:
             self.files,
             reading=self.reading,
             seed=self.seed,
-            tokenizer_sha256=self.tokenizer.sha256,
+            tokenizer=self.tokenizer,
+            begin_id=self.begin_id,
             unit_bytes=self.unit_bytes,
         )
         return list(planned)
@@ -147,7 +153,8 @@ def _prepare(
             folder=work.units,
             output=folder,
             tokenizer_path=tokenizer.path,
-            tokenizer_sha256=tokenizer.sha256,
+            tokenizer_identity=(tokenizer.sha256, tokenizer.eod_id),
+            begin_id=job.begin_id,
             reading=job.reading,
             seed=job.seed,
             max_damaged=max_damaged,
@@ -162,6 +169,7 @@ def _prepare(
             work.start_finishing(),
             files_of=_files_of(units, job.files),
             tokenizer=tokenizer,
+            begin_id=job.begin_id,
             validation_fraction=job.validation_fraction,
             shard_tokens=job.shard_tokens,
         )

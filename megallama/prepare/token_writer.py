@@ -66,11 +66,12 @@ class TokenWriter:
     one keeps nothing in memory. `tests/prepare/test_token_writer.py` holds the two to the same bytes.
     """
 
-    def __init__(self, prefix: str | Path, *, tokenizer: Tokenizer) -> None:
+    def __init__(self, prefix: str | Path, *, tokenizer: Tokenizer, begin_id: int | None = None) -> None:
         self.prefix = str(prefix)
         self.tokens = 0
         self.documents = 0
         self._tokenizer = tokenizer
+        self._begin_id = begin_id
         self._dtype = np.dtype(token_type(tokenizer.vocab_size))
         self._digest = hashlib.sha256()
         self.lengths = Lengths(Path(prefix).parent)
@@ -120,6 +121,7 @@ class TokenWriter:
             tokenizer_sha256=self._tokenizer.sha256,
             vocab_size=self._tokenizer.vocab_size,
             eod_id=self._tokenizer.eod_id,
+            begin_id=self._begin_id,
             documents=self.documents,
             tokens=self.tokens,
             bin_bytes=self.tokens * self._dtype.itemsize,
@@ -148,9 +150,12 @@ def index_parts(lengths: Lengths, dtype: np.dtype[Any]) -> Iterator[bytes]:
 class ShardedWriter:
     """A split: one token file, or shards of at most `shard_tokens` (a longer document is a shard of its own)."""
 
-    def __init__(self, prefix: Path, *, tokenizer: Tokenizer, shard_tokens: int | None) -> None:
+    def __init__(
+        self, prefix: Path, *, tokenizer: Tokenizer, begin_id: int | None, shard_tokens: int | None
+    ) -> None:
         self._prefix = prefix
         self._tokenizer = tokenizer
+        self._begin_id = begin_id
         self._dtype = np.dtype(token_type(tokenizer.vocab_size))
         self._shard_tokens = shard_tokens
         self._finished: list[TokenManifest] = []
@@ -213,9 +218,9 @@ class ShardedWriter:
         return manifest
 
     def _next_writer(self) -> TokenWriter:
-        if self._shard_tokens is None:
-            return TokenWriter(self._prefix, tokenizer=self._tokenizer)
-        return TokenWriter(shard_name(self._prefix, len(self._finished)), tokenizer=self._tokenizer)
+        is_whole = self._shard_tokens is None
+        prefix = self._prefix if is_whole else shard_name(self._prefix, len(self._finished))
+        return TokenWriter(prefix, tokenizer=self._tokenizer, begin_id=self._begin_id)
 
 
 def join_units(
@@ -224,12 +229,14 @@ def join_units(
     *,
     files_of: Sequence[npt.NDArray[np.int64]],
     tokenizer: Tokenizer,
+    begin_id: int | None,
     validation_fraction: float,
     shard_tokens: int | None,
 ) -> tuple[dict[str, TokenManifest], npt.NDArray[np.int64]]:
     """Writes the units as `folder`/train and, with a fraction above 0, `folder`/valid.
 
-    `files_of` has for each unit the file number of each of its stretches.
+    `begin_id` is the token that each document begins with, for the manifests. `files_of` has for each unit the file
+    number of each of its stretches.
 
     Returns the manifest of each split, and how often each token occurs, int64 [vocab_size].
     """
@@ -237,7 +244,8 @@ def join_units(
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     names = (TRAIN, VALID) if validation_fraction else (TRAIN,)
     writers = {
-        name: ShardedWriter(folder / name, tokenizer=tokenizer, shard_tokens=shard_tokens) for name in names
+        name: ShardedWriter(folder / name, tokenizer=tokenizer, begin_id=begin_id, shard_tokens=shard_tokens)
+        for name in names
     }
     try:
         for number, path in enumerate(paths):

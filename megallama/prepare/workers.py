@@ -38,7 +38,9 @@ class Work:
     output: Path
     """What the user calls the output, for messages."""
     tokenizer_path: Path
-    tokenizer_sha256: str
+    tokenizer_identity: tuple[str, int]
+    """Its checksum and its end token, which another file may name."""
+    begin_id: int | None
     reading: Reading
     seed: int
     max_damaged: int
@@ -100,6 +102,7 @@ def _encode(unit: Unit, work: Work, tokenizer: Tokenizer) -> UnitSummary:
             unit,
             unit_path(work.folder, unit.key),
             tokenizer=tokenizer,
+            begin_id=work.begin_id,
             reading=work.reading,
             seed=work.seed,
             max_damaged=work.max_damaged,
@@ -131,6 +134,6 @@ def _end_with_parent() -> None:
 def _encode_in_worker(unit: Unit) -> UnitSummary:
     assert _in_worker is not None
     work, tokenizer = _in_worker
-    if tokenizer.sha256 != work.tokenizer_sha256:
+    if (tokenizer.sha256, tokenizer.eod_id) != work.tokenizer_identity:
         raise UserError(f"tokenizer {work.tokenizer_path} changed during the preparation: run it again")
     return _encode(unit, work, tokenizer)

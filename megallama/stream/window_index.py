@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from megallama.host.errors import UserError
 from megallama.host.files import replacing
+from megallama.host.open_files import map_file, too_many_open
 from megallama.stream.source import TokenSource
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,9 @@ def load_window_starts(source: TokenSource, *, seq_len: int, folder: Path) -> np
         count = (path.stat().st_size - _DIGEST_BYTES) // _NUMBER.itemsize
         if count == 0:
             return np.empty(0, dtype=np.int64)
-        return np.memmap(path, dtype=_NUMBER, mode="r", shape=(count,))
+        return np.frombuffer(map_file(path), dtype=_NUMBER, count=count)
     except OSError as error:
-        raise UserError(
+        raise too_many_open(error) or UserError(
             f"index of data source {source.name} cannot be kept in {folder} ({error.strerror}): free space there"
             " or choose another train.run_dir"
         ) from error

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megallama.corpus.script import NO_LETTERS, count_scripts
+from megallama.tokenizers.begin import begin_token
 from megallama.tokenizers.interface import PieceKind
 from megallama.tokenizers.load import Tokenizer
 
@@ -31,6 +32,7 @@ def _lines(tokenizer: Tokenizer, texts: tuple[str, ...]) -> Iterator[str]:
     yield f"  kind and ids      {tokenizer.name}"
     yield f"  sha256            {tokenizer.sha256}"
     begin = "none" if tokenizer.bos_id is None else _named(tokenizer, tokenizer.bos_id)
+    begin += ", before each text" if begin_token(tokenizer) is not None else ""
     yield f"  begin of text     {begin}"
     yield f"  end of document   {_named(tokenizer, tokenizer.eod_id)}"
     kinds: Counter[PieceKind] = Counter()

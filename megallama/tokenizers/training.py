@@ -25,6 +25,7 @@ from megallama.corpus.corpus import (
 from megallama.corpus.inputs import describe_passed_over
 from megallama.host.errors import UserError
 from megallama.host.files import write_whole
+from megallama.host.memory import memory_bytes
 from megallama.tokenizers.files import SENTENCEPIECE_FILE
 from megallama.tokenizers.interface import SPACE_MARK
 
@@ -36,6 +37,9 @@ Normalization = Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"
 _MAX_LINE_CHARS = 4096
 # Not the number of cores: unigram sums by thread, and the file must not depend on the machine.
 _NUM_THREADS = 16
+_MEMORY_A_BYTE = 24
+"""What sentencepiece 0.2.3 takes for BPE of Chinese, where each line is one word to it (measured: 23 on 20 MB, the
+sample included). English takes half of it, and Unigram 19 to 21."""
 _BYTE_AND_CONTROL_PIECES = 256 + 3
 
 
@@ -86,21 +90,25 @@ def train_tokenizer(
     check_model_output(folder, overwrite=overwrite)
     passed_over: Counter[str] = Counter()
     files = expand_inputs(inputs, suffixes=suffixes, text_field=text_field, passed_over=passed_over)
+    if announce is not None:
+        _announce_memory(files, sample_bytes, announce)
     reading = Reading(documents=documents, text_field=text_field, separator=separator)
     lines = sample_lines(_texts(files, reading, progress), seed=seed, sample_bytes=sample_bytes)
     if not lines:
         raise empty_corpus(files)
     if announce is not None:
-        size = sum(len(line.encode()) for line in lines)
+        size = sum(map(_size, lines))
+        gigabytes = training_memory(size) / 1e9
+        duration = "minutes" if model_type == "bpe" else "hours"
         announce(
             f"training {model_type} of {vocab_size:,} ids on {len(lines):,} lines ({size / 1e6:.1f} MB) of"
-            f" {len(files):,} files: minutes for some hundred MB, in silence"
-            + (f" (not read: {describe_passed_over(passed_over)})" if passed_over else "")
+            f" {len(files):,} files: {duration} for some hundred MB, in silence, with up to {gigabytes:.1f} GB"
+            " of memory" + (f" (not read: {describe_passed_over(passed_over)})" if passed_over else "")
         )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=_handed_over(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -133,16 +141,31 @@ def sample_lines(texts: Iterator[str], *, seed: int, sample_bytes: int) -> list[
     sample. Lines above 4096 characters, usual in Chinese text, are cut: sentencepiece drops long ones.
     """
     draws = random.Random(seed)
-    kept: list[tuple[float, int, str, int]] = []  # a heap with the highest draw on top
+    kept: list[tuple[float, int, str]] = []  # a heap with the highest draw on top
     total = 0
     for number, line in enumerate(_lines(texts)):
-        draw = draws.random()
-        size = len(line.encode("utf-8"))
-        heapq.heappush(kept, (-draw, number, line, size))
-        total += size
+        heapq.heappush(kept, (-draws.random(), number, line))
+        total += _size(line)
         while total > sample_bytes and len(kept) > 1:
-            total -= heapq.heappop(kept)[3]
-    return [line for _, line in sorted((number, line) for _, number, line, _ in kept)]
+            total -= _size(heapq.heappop(kept)[2])
+    kept.sort(key=lambda entry: entry[1])
+    return [line for _, _, line in kept]
+
+
+def training_memory(sample_bytes: int) -> int:
+    """Bytes of memory that training on so much text takes at most, the sample itself included."""
+    return _MEMORY_A_BYTE * sample_bytes
+
+
+def _size(line: str) -> int:
+    return len(line) if line.isascii() else len(line.encode("utf-8"))
+
+
+def _handed_over(lines: list[str]) -> Iterator[str]:
+    """The lines one by one, each forgotten: sentencepiece makes copies of them all."""
+    lines.reverse()
+    while lines:
+        yield lines.pop()
 
 
 def _texts(
@@ -160,13 +183,31 @@ def _texts(
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:
     for text in texts:
-        for line in text.split("\n" if "\n" in text else "\r"):
+        mark = "\n" if "\n" in text else "\r"
+        at = 0
+        while at < len(text):  # a list of all lines would be the text a second time
+            end = text.find(mark, at)
+            end = len(text) if end < 0 else end
             # NUL ends a string inside the trainer; it is still encoded, as a byte.
-            line = line.rstrip("\r").replace("\0", " ")
+            line = text[at:end].rstrip("\r").replace("\0", " ")
+            at = end + 1
             if not line.strip():
                 continue
             for start in range(0, len(line), _MAX_LINE_CHARS):
                 yield line[start : start + _MAX_LINE_CHARS]
+
+
+def _announce_memory(files: Sequence[CorpusFile], sample_bytes: int, announce: Callable[[str], None]) -> None:
+    """Says before the corpus is read that the sample may be too large for this machine."""
+    expected = min(sample_bytes, sum(file.num_bytes for file in files))
+    needed, there = training_memory(expected), memory_bytes()
+    if needed > there:
+        fits = there / training_memory(10**6)
+        announce(
+            f"a sample of {expected / 1e6:,.0f} MB takes up to {needed / 1e9:,.0f} GB of memory (text without spaces,"
+            f" as Chinese, takes the most), and this machine has {there / 1e9:,.0f} GB: --sample-mb {fits:.0f} is"
+            " certain to fit"
+        )
 
 
 def _check_arguments(

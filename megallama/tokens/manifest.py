@@ -34,6 +34,7 @@ INDEX_HEADER = struct.Struct("<9sQBQQ")
 # megatron-core 0.16.1, core/datasets/indexed_dataset.py, DType; the other ones are refused.
 NUMBER_FORMATS = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """NumPy's name of the integers that each code of an index means; the digit at the end is their width in bytes."""
+_KINDS = {"int": (int,), "str": (str,), "int | None": (int, type(None))}
 _PREPARE_AGAIN = "prepare or copy it again"
 
 
@@ -57,6 +58,8 @@ class TokenManifest:
     """Number of token files that this manifest stands for; 0: the one beside it."""
     parts_sha256: str = ""
     """Of the shards' checksums; empty without shards, and in manifests of before there was this."""
+    begin_id: int | None = None
+    """The token that each document begins with; None: no token of its own, as before there was this."""
 
 
 def shard_name(prefix: str | Path, number: int) -> str:
@@ -131,9 +134,10 @@ def read_manifest(prefix: str | Path) -> TokenManifest | None:
             f"manifest {path} has version {content.get('version')}, this megallama reads {MANIFEST_VERSION}:"
             " prepare it again or use the megallama that wrote it"
         )
-    kinds = {field.name: int if field.type == "int" else str for field in fields(TokenManifest)}
-    content = {"shards": 0, "parts_sha256": "", **content}  # manifests of before there were these
-    wrong = [name for name, kind in kinds.items() if type(content.get(name)) is not kind]
+    kinds = {field.name: _KINDS[str(field.type)] for field in fields(TokenManifest)}
+    # Manifests of before there were these.
+    content = {"shards": 0, "parts_sha256": "", "begin_id": None, **content}
+    wrong = [name for name, kind in kinds.items() if type(content.get(name)) not in kind]
     if wrong:
         raise UserError(
             f"manifest {path} lacks, or has an invalid value for, {', '.join(wrong)}: {_PREPARE_AGAIN}"

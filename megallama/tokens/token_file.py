@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -22,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.host.errors import ConfigError, UserError
+from megallama.host.open_files import map_file
 from megallama.tokens.manifest import (
     INDEX_HEADER,
     NUMBER_FORMATS,
+    SUFFIXES,
     TokenManifest,
     check_token_file,
     content_identity,
@@ -63,7 +64,8 @@ class TokenFile:
             raise ConfigError(problems)
         self.name = str(prefix)
         self.manifest: TokenManifest | None = read_manifest(prefix)
-        tokens, index = _mapped(f"{prefix}.bin"), _mapped(f"{prefix}.idx")
+        tokens, index = map_file(f"{prefix}.bin"), map_file(f"{prefix}.idx")
+        self._nodes = tuple(os.stat(f"{prefix}{suffix}").st_ino for suffix in SUFFIXES[:2])
         _, _, code, sequences, entries = INDEX_HEADER.unpack(index[:_HEADER_BYTES])
         self._dtype = np.dtype(NUMBER_FORMATS[code])
         # A document of Megatron's may be several sequences (sentences); they stand one after another in .bin.
@@ -80,8 +82,7 @@ class TokenFile:
         self.num_documents = len(self._first_sequence) - 1
         """Number of documents."""
         self._tokens = np.frombuffer(tokens, self._dtype, count=self.num_tokens)
-        self._maps = tokens, index
-        self._num_bytes = self.num_tokens * self._dtype.itemsize, len(self._maps[1])
+        self._num_bytes = self.num_tokens * self._dtype.itemsize, len(index)
 
     @cached_property
     def identity(self) -> str:
@@ -202,10 +203,15 @@ class TokenFile:
         return start
 
     def _check_size(self, which: int) -> None:
-        size = self._maps[which].size()
-        if size < self._num_bytes[which]:
+        path = f"{self.name}{SUFFIXES[which]}"
+        try:
+            found = os.stat(path)
+        except OSError:  # its name is gone; what is mapped stays
+            return
+        size, is_same = found.st_size, found.st_ino == self._nodes[which]
+        if is_same and size < self._num_bytes[which]:
             raise UserError(
-                f"{self.name}{('.bin', '.idx')[which]} was truncated while it was in use ({size} bytes,"
+                f"{path} was truncated while it was in use ({size} bytes,"
                 f" {self._num_bytes[which]} when it was opened): copy or prepare it again and resume the run"
             )
 
@@ -213,11 +219,6 @@ class TokenFile:
         return UserError(
             f"index {self.name}.idx is damaged (offset {entry}: {what}): prepare or copy the file again"
         )
-
-
-def _mapped(path: str) -> mmap.mmap:
-    with open(path, "rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _numbers(mapped_int64: npt.NDArray[np.int64]) -> memoryview:

@@ -167,10 +167,11 @@ def test_a_begin_token_as_the_files_say_or_the_user(run_dir, tmp_path, monkeypat
     for begin in ("tokenizer", "always", "never"):
         generate(run, "for", begin=begin)
     (run / "tokenizer" / "tokenizer_config.json").write_text('{"add_bos_token": true}', encoding="utf-8")
-    generate(run, "for")
+    generate(run, "for", begin="tokenizer")
+    generate(run, "for")  # as the data, which have none
     generate(run, "", begin="never")
     plain = load_tokenizer(run / "tokenizer").encode("for")
-    assert prompts == [plain, [1, *plain], plain, [1, *plain], [2]]
+    assert prompts == [plain, [1, *plain], plain, [1, *plain], plain, [2]]
 
 
 def test_end_tokens_of_an_imported_chat_model_end_the_text(imported, tmp_path):

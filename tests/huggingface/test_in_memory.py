@@ -9,9 +9,9 @@ from megallama.checkpoint.format.model_identity import model_identity
 from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.checkpoint.offline.writer import CheckpointWriter
 from megallama.config.load import load_config
-from megallama.generate import Generator, Sampling
+from megallama.generate import Generator
 from megallama.huggingface.checkpoint_source import model_of_checkpoint, trained_model
-from megallama.huggingface.in_memory import load_in_memory
+from megallama.huggingface.in_memory import Sampling, load_in_memory
 from megallama.huggingface.names import canonical_tensors
 from tests.huggingface.models import FAMILIES, SEQ_LEN
 from tests.support.forward import greedy_tokens

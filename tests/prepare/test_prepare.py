@@ -8,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from typing import Any
 
 import pytest
 
+from megallama.cli import main
+from megallama.corpus.corpus import Reading, expand_inputs
 from megallama.host.errors import UserError
-from megallama.prepare.encoding import draw_of
+from megallama.prepare.encoding import draw_of, plan_units
 from megallama.prepare.run import prepare
 from megallama.prepare.token_writer import TokenWriter
-from megallama.tokenizers.load import Tokenizer
+from megallama.tokenizers.load import Tokenizer, load_tokenizer
 from megallama.tokens.manifest import read_manifest, shard_prefixes
 from megallama.tokens.origins import origin_of
 from megallama.tokens.token_file import TokenFile
@@ -235,6 +238,43 @@ def test_a_refused_preparation_writes_nothing(
     assert not Path("new/out").exists() or next(Path("new/out/.preparing/units").rglob("*/*"))
 
 
+def test_a_begin_token_stands_before_each_document_where_it_is_asked_for(
+    corpus: Path, tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(tokenizer_path, tmp_path / "tokenizer.model")
+    bare, side = tmp_path / "tokenizer.model", tmp_path / "tokenizer_config.json"
+    command = ["prepare", str(corpus), "--tokenizer", str(bare), "--workers", "1", "--overwrite"]
+    for says, options, begin, told in (
+        (None, [], None, "ends with </s> (2); none begins with <s> (--begin-token always puts it there)"),
+        (None, ["--begin-token", "always"], 1, "begins with <s> (1) and ends with </s> (2)"),
+        (True, [], 1, "begins with <s> (1) and ends with </s> (2)"),
+        (True, ["--begin-token", "never"], None, "none begins with <s>"),
+    ):
+        side.write_text(json.dumps({"add_bos_token": says}), encoding="utf-8")
+        assert main([*command, *options, "--output", str(tmp_path / "out")]) == 0
+        assert told in capsys.readouterr().out
+        manifest, opened = read_manifest(tmp_path / "out/train"), TokenFile(tmp_path / "out/train")
+        assert manifest is not None and manifest.begin_id == begin
+        report = json.loads((tmp_path / "out/prepared.json").read_text(encoding="utf-8"))
+        assert (report["tokenizer"]["begin_id"], report["tokenizer"]["eod_id"]) == (begin, 2)
+        for document, length in enumerate(opened.document_lengths):
+            ids = opened.read(document, start=0, count=int(length)).tolist()
+            assert (ids[0] == 1) is (begin is not None) and 1 not in ids[1:] and ids[-1] == 2
+
+
+def test_what_was_tokenized_with_other_tokens_round_a_document_is_not_taken(
+    corpus: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    files = expand_inputs([corpus])
+    loaded = load_tokenizer(tokenizer_path)
+    keys = set()
+    for begin_id, eod_id in ((None, 2), (1, 2), (None, 1)):
+        loaded.eod_id = eod_id  # as a file beside a tokenizer.json may name another one later
+        units = plan_units(files, reading=Reading(), seed=1, tokenizer=loaded, begin_id=begin_id)
+        keys.add(tuple(unit.key for unit in units))
+    assert len(keys) == 3
+
+
 class Panic(BaseException):
     """As pyo3 raises it: no Exception, so that programs end."""
 
@@ -309,6 +349,8 @@ def test_a_full_disk_keeps_what_was_there(
 RUN = """
 import resource, sys
 from megallama.prepare.run import prepare
+from megallama.cli import main
+from megallama.corpus.corpus import Reading, expand_inputs
 from megallama.host.errors import UserError
 inputs, output, tokenizer, limit, workers = sys.argv[1:]
 if int(limit):

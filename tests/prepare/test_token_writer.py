@@ -118,13 +118,14 @@ def test_no_split_is_empty_no_document_lost_and_no_shard_too_long(
             folder,
             files_of=[np.array([2 * number, 2 * number + 1]) for number in range(len(draws))],
             tokenizer=tokenizer_of(100),
+            begin_id=7,
             validation_fraction=fraction,
             shard_tokens=shard_tokens,
         )
     assert counts[: len(flat)].tolist() == lengths.tolist()
     found: dict[str, list[int]] = {}
     for name, manifest in manifests.items():
-        assert read_manifest(folder / name) == manifest
+        assert read_manifest(folder / name) == manifest and manifest.begin_id == 7
         assert checksum_problems(folder / name) == []
         files = [TokenFile(prefix) for prefix in shard_prefixes(folder / name)]
         assert (len(files) == manifest.shards) if shard_tokens else (manifest.shards == 0)

@@ -27,8 +27,11 @@ FIELDS = {
     if TYPES[cls][field.name] not in TYPES
 }
 
-SHAPE_ONLY = {"megallama/huggingface/config.py", "megallama/huggingface/export_model.py"}
-"""Files that only write a shape down."""
+SHAPE_ONLY = {
+    f"megallama/huggingface/{name}.py"
+    for name in ("config", "export_model", "checkpoint_source", "in_memory", "model_card")
+}
+"""Files that only write a shape down, for people or for transformers."""
 
 LIMITS = {"ModelConfig.max_seq_len"}
 """Fields whose whole effect is that a rule refuses a run beyond them, so the rules read them and nobody else."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from megallama.cli import main
 from megallama.host.errors import UserError
+from megallama.host.memory import memory_bytes
+from megallama.tokenizers import training
 from megallama.tokenizers.interface import PieceKind
 from megallama.tokenizers.load import load_tokenizer
-from megallama.tokenizers.training import sample_lines, train_tokenizer
+from megallama.tokenizers.training import sample_lines, train_tokenizer, training_memory
 from tests.support.corpus import CHINESE
 
 
@@ -71,6 +74,46 @@ def test_sample_is_bounded_seeded_ordered_and_spread() -> None:
     late = sum(line >= "第02500" for line in sample)
     assert 400 < late < 600
     assert len(sample_lines(iter(texts), seed=7, sample_bytes=10**9)) == 5000
+
+
+def test_a_sample_takes_its_own_size_of_memory_and_once(tmp_path: Path) -> None:
+    line = CHINESE * 3
+    text = "\n".join(f"{number} {line}" for number in range(20_000))
+    size = len(text.encode())
+    tracemalloc.start()
+    try:
+        sample = sample_lines(iter([text]), seed=7, sample_bytes=size // 10)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    strings = sum(map(sys.getsizeof, sample))
+    assert len(sample) > 1900 and held < 1.2 * strings and peak < 2 * strings, (held, peak, strings)
+
+
+def test_what_a_sample_costs_is_told_before_the_corpus_is_read(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def train(sample_bytes: int) -> None:
+        told.clear()
+        train_tokenizer(
+            [corpus],
+            tmp_path,
+            vocab_size=390,
+            overwrite=True,
+            sample_bytes=sample_bytes,
+            announce=told.append,
+        )
+
+    train(10**10)
+    assert len(told) == 1 and "in silence, with up to 0.0 GB of memory" in told[0]
+    monkeypatch.setattr(training, "memory_bytes", lambda: 10**6)
+    train(10**10)
+    assert told[0].startswith("a sample of 0 MB takes up to 0 GB of memory (text without spaces")
+    train(30_000)
+    assert len(told) == 1, "what is sampled fits"
+    assert training_memory(10**10) > 200e9 and memory_bytes() > 1e8
 
 
 def test_long_lines_are_cut_not_dropped() -> None:

@@ -44,6 +44,14 @@ def test_a_sound_file_has_no_problems(prefix: Path) -> None:
     assert check_token_file(prefix) == checksum_problems(str(prefix)) == []
     manifest = read_manifest(prefix)
     assert manifest is not None and manifest.documents == 40
+    # Data of before a manifest named the begin token has none of its own.
+    path = Path(f"{prefix}.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["begin_id"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert read_manifest(prefix) == manifest and manifest.begin_id is None and check_token_file(prefix) == []
+    change_manifest(path, begin_id="<s>")
+    assert "invalid value for, begin_id" in check_token_file(prefix)[0]
 
 
 IDX, BIN, JSON = ".idx", ".bin", ".json"

@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from megallama.config.load import load_yaml
 from megallama.host.errors import UserError
-from megallama.stream.locate import prefixes_at
+from megallama.huggingface.tokenizer.run_data import prefixes_of_run
 from megallama.tokenizers.interface import PieceKind, Tokenizer
 from megallama.tokens.token_file import TokenFile
 
@@ -38,12 +37,10 @@ _SAMPLE_TEXTS, _SAMPLE_TOKENS = 200, 400
 
 def sample_of_run(run: Path, tokenizer: Tokenizer) -> list[str]:
     """Beginnings of documents that the run was trained on, as far as its data are still there."""
-    if not (run / "config.yaml").is_file():
-        return []
     files = []
-    for source in load_yaml(run / "config.yaml").data.all_sources():
+    for prefix in prefixes_of_run(run):
         try:
-            files += [TokenFile(prefix) for prefix in prefixes_at(source.path)]
+            files.append(TokenFile(prefix))
         except (UserError, OSError):
             continue
     each = -(-_SAMPLE_TEXTS // max(1, len(files)))

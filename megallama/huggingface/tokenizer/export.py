@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megallama.host.errors import UserError
 from megallama.huggingface.model_folder import read_json, write_json
-from megallama.huggingface.tokenizer.convert import tokenizer_json
+from megallama.tokenizers.convert import tokenizer_json
 from megallama.tokenizers.files import (
     HUGGING_FACE_FILE,
     RANKS_SIDE_FILE,
@@ -43,7 +44,9 @@ class ExportedTokenizer:
     """What fills shorter texts of a batch."""
 
 
-def write_tokenizer(source: Path, folder: Path, *, context: int) -> ExportedTokenizer:
+def write_tokenizer(
+    source: Path, folder: Path, *, context: int, begin_id: Callable[[Tokenizer], int | None]
+) -> ExportedTokenizer:
     """Write the tokenizer file `source` into `folder` with all that transformers needs to cut texts as training did.
 
     A rank file becomes a tokenizer.json. A sentencepiece model gets one beside it. What the files beside the source
@@ -53,6 +56,7 @@ def write_tokenizer(source: Path, folder: Path, *, context: int) -> ExportedToke
         source: The tokenizer's file.
         folder: Where it is written.
         context: The most tokens that the model reads.
+        begin_id: Which token stood before each text in training.
 
     Raises:
         UserError: the tokenizer cannot be read, or has no form in tokenizer.json.
@@ -65,14 +69,15 @@ def write_tokenizer(source: Path, folder: Path, *, context: int) -> ExportedToke
         for name in (RANKS_SIDE_FILE, *([copied.name] if isinstance(tokenizer, RankTokenizer) else [])):
             (folder / name).unlink(missing_ok=True)
         try:
-            tokenizer_json(tokenizer).save(str(folder / HUGGING_FACE_FILE))
+            first = begin_id(tokenizer)
+            tokenizer_json(tokenizer, begin_id=first).save(str(folder / HUGGING_FACE_FILE))
         except Exception as error:  # the binding raises plain Exception for what it does not know
             raise UserError(
                 f"tokenizer {source} has no form in {HUGGING_FACE_FILE} ({error}): put a {HUGGING_FACE_FILE} of the"
                 " same ids in its place"
             ) from error
         config = {key: value for key, value in config.items() if key not in _OF_OTHER_CLASSES}
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": first is not None}
     pad_id = _padding(tokenizer, config)
     for key, token in (
         ("bos_token", tokenizer.bos_id),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,15 @@ import yaml
 
 from megallama.cli import main
 from megallama.config.load import load_config, to_yaml
+from megallama.generate import open_generator
 from megallama.huggingface.tokenizer.agreement import disagreements, sample_of_run
 from megallama.huggingface.tokenizer.export import write_tokenizer
+from megallama.huggingface.tokenizer.run_data import begin_of_run
 from megallama.prepare.run import prepare
+from megallama.tokenizers.begin import begin_token
+from megallama.tokenizers.convert import tokenizer_json
 from megallama.tokenizers.load import SentencePieceTokenizer, load_tokenizer
+from megallama.tokenizers.training import train_tokenizer
 from tests.huggingface.models import make_model
 from tests.support.jobs import SMALL
 from tests.support.materials import MISTRAL
@@ -77,7 +83,9 @@ def test_what_the_source_says_is_kept(tmp_path):
     source |= {"tokenizer_class": "LlamaTokenizer", "auto_map": {"AutoTokenizer": ["a.B", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(source), encoding="utf-8")
     (tmp_path / "out").mkdir()
-    exported = write_tokenizer(tmp_path / "tokenizer.model", tmp_path / "out", context=4096)
+    exported = write_tokenizer(
+        tmp_path / "tokenizer.model", tmp_path / "out", context=4096, begin_id=begin_token
+    )
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert exported.pad_id == 0 and config["pad_token"] == "<unk>" and config["chat_template"] == "{{ x }}"
     assert (config["model_max_length"], config["eos_token"], config["bos_token"]) == (77, "</s>", "<s>")
@@ -92,10 +100,59 @@ def test_texts_that_transformers_cuts_otherwise_are_told_with_an_example(tmp_pat
     proto.pieces.add(piece="曹龘", score=lowest - 64, type=1)
     (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
     (tmp_path / "out").mkdir()
-    exported = write_tokenizer(tmp_path / "tokenizer.model", tmp_path / "out", context=64)
+    exported = write_tokenizer(
+        tmp_path / "tokenizer.model", tmp_path / "out", context=64, begin_id=begin_token
+    )
     found = disagreements(tmp_path / "out", exported.tokenizer, ["却说曹操", "却说曹龘何往"])
     assert len(found) == 2 and found[0].startswith("transformers cuts 1 of 19 texts into other tokens"), found
     assert "'曹龘' is [" in found[0]
+
+
+@pytest.mark.parametrize("begin", ["always", "never"])
+def test_a_begin_token_of_the_data_is_that_of_the_export(begin, imported, tmp_path):
+    """What the data were prepared with counts, not what the files beside the tokenizer say."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "t.txt").write_text("却说曹操", encoding="utf-8")
+    shutil.copyfile(MISTRAL, tmp_path / "tokenizer.model")
+    asked = {"add_bos_token": begin == "never"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(asked), encoding="utf-8")
+    model = tmp_path / "tokenizer.model"
+    prepare([tmp_path / "t.txt"], tmp_path / "data", tokenizer=model, validation_fraction=0, begin=begin)
+    run = tmp_path / "run"
+    run.mkdir()
+    assert begin_of_run(run, load_tokenizer(model)) == (1 if begin == "never" else None)
+    config = load_config([*SMALL, f"data.sources=[{{path: {tmp_path}/data/train}}]", f"train.run_dir={run}"])
+    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    write_tokenizer(model, tmp_path / "out", context=64, begin_id=partial(begin_of_run, run))
+    ids = load_tokenizer(model).encode("却说")
+    wanted = [1, *ids] if begin == "always" else ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("却说").input_ids == wanted
+
+
+def test_of_two_tokenizers_in_a_folder_one_is_loaded_kept_and_exported(imported, tmp_path):
+    """A tokenizer.json with one end token more than the tokenizer.model beside it."""
+    there = tmp_path / "there"
+    make_model("llama2", there, vocab_size=291)
+    (tmp_path / "t.txt").write_text("却说曹操大军 the cat\n" * 30, encoding="utf-8")
+    train_tokenizer([tmp_path / "t.txt"], there, vocab_size=290)
+    made = tokenizer_json(load_tokenizer(there))
+    made.add_special_tokens(["<|im_end|>"])
+    made.save(str(there / "tokenizer.json"))
+    (there / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}', encoding="utf-8")
+    assert main(["import", str(there), "--output", str(tmp_path / "imported")]) == 0
+    generator = open_generator(tmp_path / "imported")
+    assert (generator.tokenizer.eod_id, generator.tokenizer.vocab_size) == (290, 291)
+    assert generator.end_ids[0] == 290
+    for number, like in enumerate(([], ["--like", str(there)], ["--like", str(tmp_path / "imported")])):
+        out = tmp_path / f"out{number}"
+        assert main(["export", str(tmp_path / "imported"), "--output", str(out), *like]) == 0
+        assert load_tokenizer(out).eod_id == 290 and not (out / "tokenizer.model").exists()
+        assert (
+            json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
+            == "<|im_end|>"
+        )
 
 
 def test_the_sample_is_of_the_runs_own_documents(tmp_path):

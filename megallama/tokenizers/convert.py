@@ -1,17 +1,24 @@
-"""A `tokenizer.json` that cuts texts as a tiktoken rank file or a sentencepiece model does."""
+"""A `tokenizer.json` that cuts texts as a tiktoken rank file or a sentencepiece model does.
+
+tiktoken and sentencepiece join, again and again, the two neighbours whose union is the earliest token, and of equal
+ones the leftmost. A `tokenizer.json` lists pairs instead. One pair a token is enough: the parts of a token in a text
+are joined in the same order as when the token stands alone, since nothing outside of it has joined with a part of it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from sentencepiece import sentencepiece_model_pb2
 
 import tokenizers
-from megallama.huggingface.tokenizer.merges import list_merges
 from megallama.tokenizers.interface import SPACE_MARK, PieceKind, Tokenizer
 from megallama.tokenizers.load import LETTER_OF_BYTE, SentencePieceTokenizer
 from megallama.tokenizers.rank_files import RankTokenizer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+Text = TypeVar("Text", str, bytes)
 
 _NORMALIZERS = {
     "NFC": normalizers.NFC,
@@ -21,8 +28,11 @@ _NORMALIZERS = {
 }
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer in Hugging Face's form; special tokens keep their ids and are read out of texts there."""
+def tokenizer_json(tokenizer: Tokenizer, *, begin_id: int | None = None) -> tokenizers.Tokenizer:
+    """The same tokenizer in Hugging Face's form, with `begin_id` before each text where special tokens are asked for.
+
+    Special tokens keep their ids. Their names are read out of texts there, unless it is told not to.
+    """
     if isinstance(tokenizer, RankTokenizer):
         made = _from_ranks(tokenizer)
     else:
@@ -35,10 +45,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
             if tokenizer.kind(token) is PieceKind.special
         ]
     )
-    if tokenizer.begins_texts and tokenizer.bos_id is not None:
-        begin = tokenizer.label(tokenizer.bos_id)
+    if begin_id is not None:
+        begin = tokenizer.label(begin_id)
         made.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.bos_id)]
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, begin_id)]
         )
     return made
 
@@ -49,7 +59,7 @@ def _from_ranks(tokenizer: RankTokenizer) -> tokenizers.Tokenizer:
     def letters(token: bytes) -> str:
         return "".join(LETTER_OF_BYTE[byte] for byte in token)
 
-    merges = list_merges(sorted(ranks, key=lambda token: ranks[token]), ranks.get)
+    merges = _list_merges(sorted(ranks, key=lambda token: ranks[token]), ranks.get)
     vocabulary = {letters(token): rank for token, rank in ranks.items()}
     # In the vocabulary, because ids that are added follow it without gaps.
     vocabulary |= family.special_tokens
@@ -116,7 +126,7 @@ def _bpe(tokenizer: SentencePieceTokenizer) -> models.BPE:
     vocabulary = {_text_of(tokenizer, token): token for token in range(tokenizer.vocab_size)}
     # sentencepiece also joins a character that is no piece; a tokenizer.json has no words for it.
     merges = [
-        pair for pair in list_merges(pieces, scores.get) if pair[0] in vocabulary and pair[1] in vocabulary
+        pair for pair in _list_merges(pieces, scores.get) if pair[0] in vocabulary and pair[1] in vocabulary
     ]
     return models.BPE(
         vocab=vocabulary,
@@ -134,3 +144,33 @@ def _unigram(tokenizer: SentencePieceTokenizer) -> models.Unigram:
         for token in range(tokenizer.vocab_size)
     ]
     return models.Unigram(vocab=pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+
+
+def _list_merges(tokens: Iterable[Text], order: Callable[[Text], float | None]) -> list[tuple[Text, Text]]:
+    """The last pair of each of `tokens`, in their order; nothing for one that no merges reach.
+
+    Args:
+        tokens: Those that are merged, the earliest first.
+        order: The smaller, the earlier a token is made; None for what is no token.
+    """
+    pairs = (_last_pair(token, order) for token in tokens if len(token) > 1)
+    return [pair for pair in pairs if pair is not None]
+
+
+def _last_pair(token: Text, order: Callable[[Text], float | None]) -> tuple[Text, Text] | None:
+    parts = [token[i : i + 1] for i in range(len(token))]
+    orders = [order(one + other) for one, other in zip(parts, parts[1:], strict=False)]
+    while len(parts) > 2:
+        at, best = -1, float("inf")
+        for place, found in enumerate(orders):
+            if found is not None and found < best:
+                at, best = place, found
+        if at < 0:
+            return None
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del orders[at]
+        if at > 0:
+            orders[at - 1] = order(parts[at - 1] + parts[at])
+        if at < len(orders):
+            orders[at] = order(parts[at] + parts[at + 1])
+    return (parts[0], parts[1])

@@ -9,9 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tokenizers
-from megallama.huggingface.tokenizer.convert import tokenizer_json
+from megallama.tokenizers.convert import tokenizer_json
 from megallama.tokenizers.interface import Tokenizer
 from megallama.tokenizers.load import load_tokenizer
+from megallama.tokenizers.merge import merge_tokenizers
 from megallama.tokenizers.training import train_tokenizer
 from tests.support.materials import FOLDER, LLAMA3, MISTRAL, QWEN, QWEN35, chinese_chapters
 from tests.tokenizers.test_rank_files import describe, small
@@ -20,7 +21,7 @@ MISTRAL_V3 = FOLDER / "mistral_common/data/mistral_instruct_tokenizer_240323.mod
 FILES = {"Mistral": MISTRAL, "Mistral 3": MISTRAL_V3, "LLaMA 3": LLAMA3, "Qwen": QWEN, "Qwen 3.5": QWEN35}
 TRAINED = {
     "bpe": {},
-    "user symbols": {"user_symbols": ["<|user|>", "<pad>"]},
+    "user symbols": {"user_symbols": ["<|user|>", "<pad>", "<end of turn>"]},
     "unigram": {"model_type": "unigram"},
     "nfkc": {"normalization": "nfkc"},
     "no bytes": {"byte_fallback": False},
@@ -31,7 +32,18 @@ TEXTS = st.lists(
         st.text(LETTERS, max_size=12),
         st.text(max_size=4),
         st.sampled_from(
-            [" " * 7, " " * 19, "\n\n\n", "aaaaaaa", "-----", "却说曹操", "I'LL", "<|user|>", "</s>"]
+            [
+                " " * 7,
+                " " * 19,
+                "\n\n\n",
+                "aaaaaaa",
+                "-----",
+                "却说曹操",
+                "I'LL",
+                "<|user|>",
+                "<end of turn>",
+                "</s>",
+            ]
         ),
     ),
     max_size=8,
@@ -50,6 +62,8 @@ def loaded(tmp_path_factory):
             path = FILES.get(name)
             if name in TRAINED:
                 path = train_tokenizer([folder / "text.txt"], folder / name, vocab_size=2300, **TRAINED[name])
+            if name == "merged":
+                path = merge_tokenizers(MISTRAL, load("bpe")[0].path, folder / name, scripts=["han"]).path
             if path is None:
                 (folder / "ranks").mkdir()
                 path = small(folder / "ranks" / "small.tiktoken")
@@ -67,7 +81,7 @@ def loaded(tmp_path_factory):
 PUBLISHED = [pytest.param(name, marks=pytest.mark.long) for name in ("LLaMA 3", "Qwen", "Qwen 3.5")]
 
 
-@pytest.mark.parametrize("name", ["small ranks", "Mistral", "Mistral 3", *TRAINED, *PUBLISHED])
+@pytest.mark.parametrize("name", ["small ranks", "Mistral", "Mistral 3", *TRAINED, "merged", *PUBLISHED])
 def test_ids_of_any_text_are_the_same(name, loaded):
     ours, theirs = loaded(name)
 
@@ -93,18 +107,9 @@ def test_special_tokens_keep_their_ids(name, loaded):
     assert theirs.get_vocab_size() == len([t for t in range(ours.vocab_size) if ours.label(t)])
     for token in range(ours.vocab_size):
         if ours.kind(token).value in ("special", "user"):
-            assert theirs.token_to_id(ours.label(token)) == token
+            assert theirs.token_to_id(ours.label(token).replace("\u2581", " ")) == token
     theirs.encode_special_tokens = False
     end = ours.label(ours.eod_id)
     text = f"曹操{end}曹操"
     assert theirs.encode(text, add_special_tokens=False).ids.count(ours.eod_id) == 1
     theirs.encode_special_tokens = True
-
-
-def test_a_begin_token_is_written_where_the_files_ask_for_it(tmp_path):
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(MISTRAL.read_bytes())
-    assert tokenizer_json(load_tokenizer(path)).encode("a").ids == load_tokenizer(path).encode("a")
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}', encoding="utf-8")
-    tokenizer = load_tokenizer(path)
-    assert tokenizer_json(tokenizer).encode("a").ids == [1, *tokenizer.encode("a")]
