@@ -23,8 +23,8 @@ from megallama.commands import (
 )
 from megallama.commands.parser import CommandParser
 from megallama.host.errors import EXIT_USER_ERROR, UserError
+from megallama.host.limits import raise_limit, too_many_open
 from megallama.host.log import quiet_libraries
-from megallama.host.open_files import raise_limit, too_many_open
 from megallama.host.utf8 import use_utf8
 from megallama.host.version import version
 

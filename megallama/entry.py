@@ -14,8 +14,8 @@ from megallama.commands.parser import CommandParser
 from megallama.config.words.command_line import CommandLine, add_run_words, add_shows
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.launch import LaunchEnvironment, read_launch_environment, tell_libraries
+from megallama.host.limits import raise_limit, too_many_open
 from megallama.host.log import quiet_libraries
-from megallama.host.open_files import raise_limit, too_many_open
 from megallama.host.utf8 import use_utf8
 from megallama.preflight import check_job
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from megallama.host.errors import UserError
 from megallama.host.files import replacing
-from megallama.host.open_files import map_file, too_many_open
+from megallama.host.limits import map_file, too_many_open
 from megallama.stream.source import TokenSource
 
 log = logging.getLogger(__name__)

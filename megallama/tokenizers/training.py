@@ -25,7 +25,7 @@ from megallama.corpus.corpus import (
 from megallama.corpus.inputs import describe_passed_over
 from megallama.host.errors import UserError
 from megallama.host.files import write_whole
-from megallama.host.memory import memory_bytes
+from megallama.host.limits import memory_bytes
 from megallama.tokenizers.files import SENTENCEPIECE_FILE
 from megallama.tokenizers.interface import SPACE_MARK
 

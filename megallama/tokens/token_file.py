@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.host.errors import ConfigError, UserError
-from megallama.host.open_files import map_file
+from megallama.host.limits import map_file
 from megallama.tokens.manifest import (
     INDEX_HEADER,
     NUMBER_FORMATS,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megallama.cli import _parser, main
+from megallama.commands.parser import text
 
 RANGES_OF_THEIR_OWN = {"--validation-fraction", "--character-coverage", "--temperature", "--top-p"}
 """Checked where they are used, with a message of their own."""
@@ -19,7 +20,7 @@ def options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Act
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 yield from options(command)
-        elif action.type is not None and action.type is not Path:
+        elif action.type not in (None, Path, text):
             yield action.option_strings[0], action
 
 
@@ -27,9 +28,9 @@ def test_every_number_has_a_range() -> None:
     found = dict(options(_parser()))
     assert {name for name, action in found.items() if action.type in (int, float)} <= RANGES_OF_THEIR_OWN
     for name in found.keys() - RANGES_OF_THEIR_OWN:
-        for text in ("nan", "inf", "-inf", "1e400", "-1", "一", ""):
+        for word in ("nan", "inf", "-inf", "1e400", "-1", "一", ""):
             with pytest.raises(argparse.ArgumentTypeError, match="must be a"):
-                found[name].type(text)  # type: ignore[operator,misc]
+                found[name].type(word)  # type: ignore[operator,misc]
 
 
 def test_the_message_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from megallama.cli import main
 from megallama.host.errors import UserError
-from megallama.host.memory import memory_bytes
+from megallama.host.limits import memory_bytes
 from megallama.tokenizers import training
 from megallama.tokenizers.interface import PieceKind
 from megallama.tokenizers.load import load_tokenizer

@@ -1,4 +1,4 @@
-"""Many open files: mapped without a descriptor each, and as many descriptors as the machine allows."""
+"""What this process may use: memory, and open files, which are mapped without a descriptor each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from megallama.host.errors import UserError
 
 _ENOUGH = 1 << 16
+
+_GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -61,3 +63,14 @@ def too_many_open(error: OSError) -> UserError | None:
         f"too many open files (this process may open {soft}; {error.filename or 'no name'} could not be opened): raise"
         " the limit (ulimit -n 65536; in a batch script before the command), or prepare the data in fewer, larger files"
     )
+
+
+def memory_bytes() -> int:
+    """Memory of the machine, or what a container or batch job is given of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for place in _GROUP_LIMITS:
+        try:
+            limits.append(int(Path(place).read_text()))
+        except (OSError, ValueError):  # another version of control groups, or "max"
+            continue
+    return min(limits)

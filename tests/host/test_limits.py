@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megallama.cli import main
-from megallama.host.open_files import map_file, raise_limit
+from megallama.host.limits import map_file, raise_limit
 from megallama.tokens.token_file import TokenFile
 from tests.support.jobs import write_dataset
 
