@@ -59,7 +59,7 @@ class WandbSink:
                 )
                 self._run.define_metric(AXIS)
                 self._run.define_metric("*", step_metric=AXIS)
-                self._is_by_step = self._run.step <= first_step + 1
+                self._is_by_step = self._run.starting_step <= first_step + 1
             except Exception as error:
                 attempts = [] if attempt == "offline" else ["offline"]
                 consequence = "writing an offline run" if attempts else "the run goes on without it"

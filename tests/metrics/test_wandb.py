@@ -18,6 +18,7 @@ from megallama.config.schema import LogConfig, WandbMode
 from megallama.metrics.recorder import build_recorder
 from megallama.metrics.wandb import CORE_LOG, RUN_ID_FILE, WandbSink
 from tests.metrics.test_recorder import FACTS
+from tests.metrics.wandb_server import serving
 
 KEY = "0" * 40
 
@@ -142,7 +143,7 @@ def test_a_resume_rewinds_the_run_or_goes_on_beside_it(
     logged: list[tuple[int, int | None]] = []
 
     class Run:
-        step = 3 if can_rewind else 8
+        starting_step = 3 if can_rewind else 8
 
         def define_metric(self, *_: object, **__: object) -> None: ...
 
@@ -168,6 +169,26 @@ def test_a_resume_rewinds_the_run_or_goes_on_beside_it(
     rewound, beside = {"id": "abc", "resume": None, "from": 2}, {"id": "abc", "resume": "allow", "from": None}
     assert calls == ([rewound] if can_rewind else [rewound, beside])
     assert logged == [(3, 3 if can_rewind else None)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("can_rewind", [True, False])
+def test_what_a_server_gets_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_rewind: bool
+) -> None:
+    """The server has steps up to 8 and the checkpoint is of step 4: no step that is done again is lost."""
+    with serving(last_step=8, can_rewind=can_rewind) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        (tmp_path / RUN_ID_FILE).write_text("abc", encoding="utf-8")
+        sink = open_sink(tmp_path, first_step=4)
+        for step in (5, 6, 7):
+            sink.write(step, {"train/loss": float(step)})
+        sink.close()
+        wandb.teardown()
+    assert server.rewound_to == [4]
+    assert [(row["progress/step"], row["train/loss"]) for row in server.history] == [(5, 5), (6, 6), (7, 7)]
+    assert [row["_step"] for row in server.history] == ([5, 6, 7] if can_rewind else [9, 10, 11])
 
 
 def test_offline_run_keeps_its_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
