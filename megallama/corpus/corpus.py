@@ -164,7 +164,7 @@ def empty_corpus(files: Sequence[CorpusFile]) -> UserError:
 def _cut_lines(file: CorpusFile, *, reading: Reading, stretch_bytes: int) -> Iterator[tuple[int, int]]:
     start = 0
     with open_file(file.path) as content:
-        stream = with_changed_places(content) if ends_with_cr(content, file) else content
+        stream = with_changed_places(content) if ends_with_cr(file) else content
         while start + stretch_bytes < file.num_bytes:
             stream.seek(start + stretch_bytes)
             if file.is_jsonl:
@@ -189,7 +189,7 @@ def _read_records(stretch: Stretch, *, reading: Reading) -> Iterator[Document | 
         if reading.is_whole(file):
             yield from read_whole(stream, file)
             return
-        has_cr = ends_with_cr(stream, file)
+        has_cr = ends_with_cr(file)
         if stretch.start:
             stream.seek(stretch.start)
         lines = with_changed_places(stream) if has_cr else stream

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import IO, Any
 
+from megallama.corpus.decompression import open_content
 from megallama.corpus.files import CorpusFile
 
 BLOCK_BYTES = 1 << 20
@@ -27,13 +28,16 @@ def is_blank(line: bytes) -> bool:
     return _BLANK.fullmatch(line) is not None
 
 
-def ends_with_cr(stream: IO[bytes], file: CorpusFile) -> bool:
-    """Whether the lines of `file` end with CR alone; `stream` is its content, at its start if it is compressed."""
-    if file.compression:
-        head = stream.peek(_PROBE_BYTES)[:_PROBE_BYTES]  # type: ignore[attr-defined]
-    else:
-        head = os.pread(stream.fileno(), _PROBE_BYTES, 0)
-    return b"\r" in head and b"\n" not in head
+def ends_with_cr(file: CorpusFile) -> bool:
+    """Whether the lines of `file` end with CR alone.
+
+    Raises:
+        UserError: as `open_content`.
+    """
+    with open_content(file) as stream:
+        head = stream.read(_PROBE_BYTES)
+    # What follows a CR at the very end may be its LF.
+    return b"\r" in head.rstrip(b"\r") and b"\n" not in head
 
 
 def changed_places(content: bytes) -> bytes:

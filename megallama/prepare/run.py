@@ -209,10 +209,13 @@ def _check_numbers(
 
 def _too_few_documents(job: _Job, tally: _Tally) -> UserError:
     if tally.damaged:
-        found = "no document is" if not tally.documents else "only one document is"
+        left = (
+            "only one document of the corpus is left"
+            if tally.documents
+            else "no document of the corpus is left"
+        )
         return UserError(
-            f"{found} left of the corpus, the other records are damaged ({len(tally.damaged):,} of them), the first:"
-            f" {tally.damaged[0].problem}"
+            f"{left} (damaged records: {len(tally.damaged):,}); the first problem: {tally.damaged[0].problem}"
         )
     if not tally.documents:
         return empty_corpus(job.files)

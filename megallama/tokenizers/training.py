@@ -38,7 +38,7 @@ _MAX_LINE_CHARS = 4096
 # Not the number of cores: unigram sums by thread, and the file must not depend on the machine.
 _NUM_THREADS = 16
 _MEMORY_A_BYTE = 24
-"""What sentencepiece 0.2.3 takes for BPE of Chinese, where each line is one word to it (measured: 23 on 20 MB, the
+"""What sentencepiece 0.2.3 takes for BPE of Chinese, where each line is one word to it (measured: 22 on 20 MB, the
 sample included). English takes half of it, and Unigram 19 to 21."""
 _BYTE_AND_CONTROL_PIECES = 256 + 3
 
@@ -98,12 +98,12 @@ def train_tokenizer(
         raise empty_corpus(files)
     if announce is not None:
         size = sum(map(_size, lines))
-        gigabytes = training_memory(size) / 1e9
         duration = "minutes" if model_type == "bpe" else "hours"
+        memory = _amount(training_memory(size))
         announce(
-            f"training {model_type} of {vocab_size:,} ids on {len(lines):,} lines ({size / 1e6:.1f} MB) of"
-            f" {len(files):,} files: {duration} for some hundred MB, in silence, with up to {gigabytes:.1f} GB"
-            " of memory" + (f" (not read: {describe_passed_over(passed_over)})" if passed_over else "")
+            f"training {model_type} of {vocab_size:,} ids on {len(lines):,} lines ({_amount(size)}) of"
+            f" {len(files):,} files: {duration} for some hundred MB, in silence, with up to {memory} of memory"
+            + (f" (not read: {describe_passed_over(passed_over)})" if passed_over else "")
         )
     model = io.BytesIO()
     try:
@@ -204,10 +204,13 @@ def _announce_memory(files: Sequence[CorpusFile], sample_bytes: int, announce: C
     if needed > there:
         fits = there / training_memory(10**6)
         announce(
-            f"a sample of {expected / 1e6:,.0f} MB takes up to {needed / 1e9:,.0f} GB of memory (text without spaces,"
-            f" as Chinese, takes the most), and this machine has {there / 1e9:,.0f} GB: --sample-mb {fits:.0f} is"
-            " certain to fit"
+            f"a sample of {_amount(expected)} takes up to {_amount(needed)} of memory (text without spaces, as Chinese,"
+            f" takes the most), and this machine has {_amount(there)}: --sample-mb {fits:.0f} fits in any case"
         )
+
+
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 10**9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _check_arguments(

@@ -198,11 +198,11 @@ def test_draws_are_even_and_keyed() -> None:
         ({"inputs": ["one.txt", "bad.txt"]}, "bad.txt is not UTF-8"),
         (
             {"inputs": ["bad.txt"], "max_damaged": 9},
-            r"no document is left .*damaged \(1 of them.*bad.txt is not UTF",
+            r"no document of .* left \(damaged records: 1\).*bad.txt is not UTF",
         ),
         (
             {"inputs": ["one.txt", "bad.txt"], "max_damaged": 9, "validation_fraction": 0.1},
-            "only one document is left .*bad.txt is not UTF-8",
+            "only one document of the corpus is left .*bad.txt is not UTF-8",
         ),
         ({"inputs": ["one.txt", "bad.txt"], "workers": 2}, "bad.txt is not UTF-8"),
         ({"output": "one.txt"}, "is a file"),
