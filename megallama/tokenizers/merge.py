@@ -81,7 +81,7 @@ def merge_tokenizers(
     chosen, skipped = _choose(base, other, scripts=frozenset(scripts))
     if max_pieces is not None and len(chosen) > max_pieces:
         skipped["beyond max_pieces"] = len(chosen) - max_pieces
-        chosen = chosen[:max_pieces]
+        chosen = _best(chosen, known={piece.piece for piece in base.proto.pieces}, count=max_pieces)
     if not chosen:
         raise UserError(
             f"{second} adds nothing to {first} ({other.vocab_size} pieces, all left out: {_listed(skipped)}):"
@@ -145,6 +145,23 @@ def _choose(
     # User-defined pieces have no score of their own: first. Equal scores keep their order, the sort is stable.
     chosen.sort(key=lambda piece: (piece.type != _Piece.USER_DEFINED, -piece.score))
     return chosen, skipped
+
+
+def _best(chosen: Sequence[Any], *, known: set[str], count: int) -> list[Any]:
+    """The first `count` of `chosen`, with the characters that they consist of, which have the lowest scores.
+
+    sentencepiece joins characters that are no pieces, too, but no other program does: a `tokenizer.json` needs them.
+    """
+    singles = {piece.piece: place for place, piece in enumerate(chosen) if len(piece.piece) == 1}
+    places: set[int] = set()
+    for place, piece in enumerate(chosen):
+        letters = () if piece.type == _Piece.USER_DEFINED else set(piece.piece) - known
+        wanted = {place, *(singles[letter] for letter in letters if letter in singles)} - places
+        if len(places) + len(wanted) <= count:
+            places |= wanted
+        if len(places) == count:
+            break
+    return [chosen[place] for place in sorted(places)]
 
 
 def _reason_to_skip(

@@ -157,6 +157,10 @@ def test_a_user_symbol_is_one_token(merged: SentencePieceTokenizer) -> None:
 def test_pieces_can_be_limited_by_number_and_script(second: SentencePieceTokenizer, tmp_path: Path) -> None:
     report = merge_tokenizers(MISTRAL, second.path, tmp_path, max_pieces=500, scripts=["han"])
     assert report.new_size == 32_500 and report.skipped["beyond max_pieces"] > 0
+    pieces = [piece.piece for piece in SentencePieceTokenizer(report.path).proto.pieces]
+    assert set("".join(pieces[32_000:])) <= set(pieces), (
+        "a piece without its characters is none in a tokenizer.json"
+    )
     loaded = load_tokenizer(report.path)
     for token in range(32_000, 32_500):
         assert set(count_scripts(loaded.surface(token).decode())) - {"none"} == {"han"}
