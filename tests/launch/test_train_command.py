@@ -50,6 +50,8 @@ def train(arguments: list[str], *, folder: Path) -> tuple[int, str]:
         return process.returncode, output
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_several_runs_on_two_ranks(workplace: Workplace) -> None:
     """Words between options, several values, a folder of one's own."""
     (workplace.folder / "conf" / "model").mkdir(parents=True)
@@ -99,8 +101,8 @@ def test_nodes_that_are_none(nodes: str, workplace: Workplace) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--rdzv-backend=c10d", "--rdzv-conf=is_host=0,read_timeout=2"],
         ["--rdzv-backend=static", "--node-rank=1", "--rdzv-conf=timeout=2"],
+        pytest.param(["--rdzv-backend=c10d", "--rdzv-conf=is_host=0,read_timeout=2"], marks=pytest.mark.long),
     ],
 )
 def test_nodes_that_cannot_meet(options: list[str], workplace: Workplace) -> None:
