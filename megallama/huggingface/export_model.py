@@ -42,6 +42,7 @@ from megallama.huggingface.tokenizer.agreement import disagreements, sample_of_r
 from megallama.huggingface.tokenizer.export import ExportedTokenizer, write_tokenizer
 from megallama.huggingface.tokenizer.run_data import begin_of_run
 from megallama.tokenizers.files import find_tokenizer
+from megallama.tokenizers.interface import Tokenizer
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -100,10 +101,22 @@ def export_model(
                 f"{run} holds no tokenizer, so {output} has none: copy the model's there, or name it with --like"
             )
         else:
-            for line in disagreements(folder, tokenizer.tokenizer, sample_of_run(run, tokenizer.tokenizer)):
-                log(line)
+            _tell(folder, tokenizer.tokenizer, model, run, log=log)
         files = write_safetensors(folder, tensors, dtype=chosen, max_shard_bytes=max_shard_bytes)
     return files
+
+
+def _tell(
+    folder: Path, tokenizer: Tokenizer, model: ModelConfig, run: Path, *, log: Callable[[str], None]
+) -> None:
+    """What the user should know of the tokenizer, a line each."""
+    if tokenizer.vocab_size > model.vocab_size:
+        log(
+            f"{tokenizer.path} has {tokenizer.vocab_size} ids, and the model {model.vocab_size}: put the tokenizer of"
+            " this model there, or grow the model with megallama expand-vocab"
+        )
+    for line in disagreements(folder, tokenizer, sample_of_run(run, tokenizer)):
+        log(line)
 
 
 def _write_configs(

@@ -44,6 +44,18 @@ def test_a_view_outlives_its_file(prefix: Path) -> None:
     assert ends_well(reads)
 
 
+def test_a_file_that_another_took_the_name_of_is_read_on(prefix: Path) -> None:
+    """What is mapped is the old file, also if the new one is shorter, or there is none."""
+    file = TokenFile(prefix)
+    wanted = file.view(8000, 4).tolist()
+    other = prefix.with_name("other")
+    other.write_bytes(b"short")
+    other.replace(f"{prefix}.bin")
+    assert file.view(8000, 4).tolist() == wanted
+    os.unlink(f"{prefix}.idx")
+    assert len(file.document_starts(0, 2)) == 2
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_a_file_cut_short_while_it_is_in_use_is_named(prefix: Path, suffix: str) -> None:
     def reads() -> None:

@@ -77,6 +77,17 @@ def test_a_folder_without_a_tokenizer_is_said_aloud(imported, tmp_path, capsys):
     assert "holds no tokenizer, so" in capsys.readouterr().err
 
 
+def test_a_tokenizer_of_another_model_is_said_aloud(imported, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(imported, run)
+    (run / "tokenizer").mkdir()
+    shutil.copyfile(MISTRAL, run / "tokenizer" / "tokenizer.model")
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert (
+        "has 32000 ids, and the model 301: put the tokenizer of this model there" in capsys.readouterr().err
+    )
+
+
 def test_what_the_source_says_is_kept(tmp_path):
     shutil.copyfile(MISTRAL, tmp_path / "tokenizer.model")
     source = {"pad_token": "<unk>", "model_max_length": 77, "chat_template": "{{ x }}", "legacy": True}
