@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +68,7 @@ def load_config(
     """
     base = (working_dir or Path.cwd()).absolute()
     with open_hydra(conf_dir):
-        options = options_with(extra_conf_dir)
+        options = options_with([*overrides, *search_path(extra_conf_dir)])
         parsed = parse_overrides(overrides, group_options=options, use=use)
         parsed.problems.extend(_ambiguous(parsed.overrides, conf_dir=conf_dir, extra_conf_dir=extra_conf_dir))
         words = [str(override.input_line) for override in parsed.overrides]
@@ -262,14 +262,17 @@ def search_path(extra_conf_dir: Path | None) -> list[str]:
     return [f"hydra.searchpath=['file://{quoted}']"]
 
 
-def options_with(extra_conf_dir: Path | None) -> Callable[[str], list[str]]:
-    """Names of the files in a group of the open `conf/` and of a user's own folder."""
+def options_with(words: Sequence[str]) -> Callable[[str], list[str]]:
+    """Names of the files in a group of the open `conf/`, and of the folders that `words` make Hydra search."""
     loader = GlobalHydra.instance().config_loader()
+    places = [word for word in words if word.startswith("hydra.searchpath=")]
 
     def options(group: str) -> list[str]:
-        own = loader.get_group_options(group, results_filter=ObjectType.CONFIG)
-        extra = [file.stem for file in (extra_conf_dir / group).glob("*.yaml")] if extra_conf_dir else []
-        return sorted({*own, *extra})
+        if places:
+            # What is wrong with the words is told where they are read.
+            with suppress(HydraException):
+                return sorted(loader.get_group_options(group, ObjectType.CONFIG, ROOT, places))
+        return sorted(loader.get_group_options(group, ObjectType.CONFIG))
 
     return options
 

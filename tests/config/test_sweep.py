@@ -142,9 +142,17 @@ class NoteJob:
 
 
 def test_hydras_launcher_does_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With files of the user's own, which a job finds too."""
     monkeypatch.chdir(tmp_path)
+    own = tmp_path / "我的"
+    (own / "exp").mkdir(parents=True)
+    (own / "exp" / "mine.yaml").write_text(
+        "# @package _global_\ntrain:\n  run_dir: '甲 b'\n", encoding="utf-8"
+    )
     job = NoteJob(tmp_path / "noted")
-    run_sweep(load_sweep([*WORDS, "optim.lr=1e-3,2e-3", "hydra.sweep.dir='甲 b'"]), job)
+    sweep = load_sweep([*COMPLETE, "exp=mine", "optim.lr=1e-3,2e-3"], extra_conf_dir=own)
+    run_sweep(sweep, job)
+    # The job does not name the folder again: it is among its words.
     assert job.runs() == [(1e-3, f"{tmp_path}/甲 b/0"), (2e-3, f"{tmp_path}/甲 b/1")]
     assert (tmp_path / "甲 b" / "multirun.yaml").is_file()
 

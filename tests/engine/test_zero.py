@@ -11,6 +11,7 @@ from megallama.config.load import load_config
 from megallama.engine import state
 from megallama.engine.fragment import Fragment
 from megallama.engine.state import check_fragments, counters, load_counters
+from megallama.engine.step import MIN_LOSS_SCALE
 from megallama.engine.zero import ZeroEngine, deepspeed_config
 from megallama.host.launch import read_launch_environment
 from megallama.topology.connect import connect
@@ -193,6 +194,13 @@ def test_a_gradient_that_is_no_number_is_a_fault_in_bf16(stage, tmp_path):
     arguments = overrides(tmp_path, f"zero.stage={stage}", "precision.dtype=bf16")
     (result,) = run_ranks(1, with_engine, arguments, with_an_infinite_weight)
     assert not result.is_skipped and not math.isfinite(result.grad_norm)
+
+
+def test_an_overflow_at_the_smallest_loss_scale_is_a_result(tmp_path):
+    """DeepSpeed would end the program in the middle of the step; the guard ends the run with a message."""
+    arguments = overrides(tmp_path, "precision.dtype=fp16", "precision.initial_loss_scale=1")
+    (result,) = run_ranks(1, with_engine, arguments, with_an_infinite_weight)
+    assert result.is_skipped and result.loss_scale == MIN_LOSS_SCALE
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

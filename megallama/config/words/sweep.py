@@ -42,7 +42,7 @@ def hydra_words(
     """
     with open_hydra(conf_dir):
         loader = GlobalHydra.instance().config_loader()
-        options = options_with(extra_conf_dir)
+        options = options_with([*overrides, *search_path(extra_conf_dir)])
         parsed = parse_overrides(overrides, group_options=options, use=use, loader=loader)
     if parsed.problems:
         raise ConfigError(parsed.problems)
