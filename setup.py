@@ -51,7 +51,7 @@ setup(
         "safetensors>=0.5",
         "blake3>=1.0",
         "numpy>=1.26",
-        "wandb>=0.19",
+        "wandb>=0.31",  # login(prompt=False) asks for no key
         "tensorboard>=2.18",
         "rich>=13",
         "matplotlib>=3.9",

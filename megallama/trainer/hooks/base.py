@@ -133,7 +133,8 @@ def diverged(step: int, how: str) -> UserError:
     """The one message for a run that has diverged."""
     return UserError(
         f"step {step} diverged ({how}): it is not saved, and earlier checkpoints are as they were; resume with a lower"
-        " optim.lr, a longer optim.warmup_steps or a lower optim.clip"
+        " optim.lr, a longer optim.warmup_steps or optim.clip=1, and if it diverges again at once, move the newest"
+        " checkpoint away"
     )
 
 
