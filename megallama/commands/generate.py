@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megallama.commands.parser import Commands, positive_number, text, whole_number
+from megallama.commands.parser import Commands, text, whole_number
 
 
 def add(commands: Commands) -> None:
@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
     )
     generate.add_argument(
         "--repetition-penalty",
-        type=positive_number,
+        type=float,
         default=1.0,
         help="above 1: tokens of the text so far are less likely",
     )

@@ -11,7 +11,10 @@ import pytest
 from megallama.cli import _parser, main
 from megallama.commands.parser import text
 
-RANGES_OF_THEIR_OWN = {"--validation-fraction", "--character-coverage", "--temperature", "--top-p"}
+RANGES_OF_THEIR_OWN = {
+    *("--validation-fraction", "--character-coverage"),
+    *("--temperature", "--top-p", "--repetition-penalty"),
+}
 """Checked where they are used, with a message of their own."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ def test_what_a_sweep_gives_back(
     words = ["train", "--multirun", "--nproc-per-node", "1", *workplace.arguments]
     assert main([*words, "optim.lr=1e-3", "hydra.sweep.dir=good"]) == 0
     assert last_validation_loss(workplace.folder / "good" / "0") == 0.5
+    loggers = {name: logging.getLogger(name) for name in list(logging.root.manager.loggerDict)}
+    assert not [name for name, logger in loggers.items() if name.startswith("megallama") and logger.disabled]
     assert main([*words, "optim.lr=2e-3,1e-3", "hydra.sweep.dir=bad"]) == 2
     assert (workplace.folder / "bad" / "1").exists(), "Hydra's launcher goes on after a failure"
     with pytest.raises(SystemExit) as ended:
