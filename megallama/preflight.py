@@ -5,7 +5,7 @@ It needs no torch, so it is instant. Only `train.init_from` and telling the othe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megallama.config.check import check_config, check_settings
@@ -65,7 +65,7 @@ def check_runs(
     Raises:
         ConfigError: what is wrong, each with its remedy.
     """
-    problems: dict[str, None] = {}
+    problems: dict[str, None] = dict.fromkeys(_shared_folders(configs))
     for config in configs:
         try:
             check_run(config, world_size=world_size, reads_files=reads_files, is_data_given=is_data_given)
@@ -73,6 +73,18 @@ def check_runs(
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise ConfigError(list(problems))
+
+
+def _shared_folders(configs: Sequence[RunConfig]) -> Iterator[str]:
+    """The second of two runs in one folder would go on with the first one's checkpoints."""
+    known: dict[str, int] = {}
+    for number, config in enumerate(configs):
+        first = known.setdefault(config.train.run_dir, number)
+        if first != number:
+            yield (
+                f"runs {first} and {number} of the sweep would share {config.train.run_dir}: put"
+                " ${hydra.job.num} into hydra.sweep.subdir"
+            )
 
 
 def check_job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,6 +142,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _sweep(line: CommandLine, job: _Job) -> int:
     from megallama.config.words.sweep import run_sweep
+    from megallama.host.torchrun import count_gpus
     from megallama.preflight import check_runs
 
     sweep, configs = line.load_sweep()
@@ -149,10 +151,22 @@ def _sweep(line: CommandLine, job: _Job) -> int:
     check_runs(configs, world_size=world_size)
     if sweep.is_chosen:
         _check_choosable(configs[0])
+    if sweep.runs_at_once < 0 and count_gpus():
+        raise UserError(
+            f"hydra.launcher.n_jobs ({sweep.runs_at_once}) would start as many runs at once as there are cores, on the"
+            " same GPUs: set hydra.launcher.n_jobs to the number of runs that these GPUs hold"
+        )
     try:
         run_sweep(sweep, job)
     except RanksFailedError as failure:
         return failure.code
+    except (UserError, JobFaultError):
+        raise
+    except Exception as error:  # plugins raise classes of their own
+        raise UserError(
+            f"hydra/launcher={sweep.launcher} or the sweeper cannot go on ({type(error).__name__}:"
+            f" {' '.join(str(error).split())[:300]}): correct its settings"
+        ) from error
     return 0
 
 
@@ -179,6 +193,10 @@ class RanksFailedError(Exception):
         self.code = code
 
 
+class JobFaultError(Exception):
+    """A fault of this program within a job, with its traceback."""
+
+
 @dataclass(frozen=True)
 class _Job:
     """One run of a sweep, with ranks of its own. Hydra's launchers pickle it and call it in a process of theirs."""
@@ -199,6 +217,14 @@ class _Job:
 
     def __call__(self, words: list[str]) -> float | None:
         """Train; the last validation loss, if there is one."""
+        try:
+            return self._train(words)
+        except (RanksFailedError, UserError):
+            raise
+        except Exception as error:
+            raise JobFaultError(traceback.format_exc()) from error
+
+    def _train(self, words: list[str]) -> float | None:
         from megallama.config.load import load_config
         from megallama.host.torchrun import EXIT_SIGNAL, start_ranks
         from megallama.preflight import check_run

@@ -87,12 +87,18 @@ def test_what_a_sweep_gives_back(
     for more, message in (
         (["optim.lr=1e-3,-1"], "optim.lr (-1.0) must be"),
         (optuna, "the run has no validation data"),
+        (["train.seed=1,2", "hydra.sweep.subdir=same"], "runs 0 and 1 of the sweep would share "),
+        (["--cfg", "job"], "--cfg shows one run: leave out --multirun"),
+        (["+hydra.sweeper.params={optim.lr: 'interval(1,2)'}", *optuna], "the sweep cannot be composed"),
         (validated, f"{workplace.folder}/good/0 is there already"),
     ):
         with unchanged(workplace.folder):
             assert main([*words, *more]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error, error
+    # What a plugin raises is one message, too.
+    assert main([*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=0", "hydra.sweep.dir=none"]) == 2
+    assert "hydra/launcher=joblib or the sweeper cannot go on (ValueError: " in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -93,7 +93,12 @@ class CommandLine:
 
         Raises:
             ConfigError: words that cannot be understood.
+            UserError: a sweep, which is more than one run.
         """
+        if self.is_multirun:
+            raise UserError(
+                f"{self.shows[0]} shows one run: leave out --multirun, and give one value for each setting"
+            )
         import hydra
 
         from megallama.config.load import CONF_DIR, ROOT
@@ -144,7 +149,7 @@ def add_shows(parser: argparse.ArgumentParser, *, settings: Sequence[str] = ("--
         "-c",
         action=_ForHydra,
         choices=["job", "hydra", "all"],
-        help="show what the words amount to: --cfg job",
+        help="show the settings that the words give: --cfg job",
     )
     shows.add_argument(
         "--info",
@@ -153,7 +158,7 @@ def add_shows(parser: argparse.ArgumentParser, *, settings: Sequence[str] = ("--
         nargs="?",
         const="all",
         metavar="WHAT",
-        help="show how they came about",
+        help="show which file and which word each setting comes from",
     )
     shows.add_argument(
         "--resolve", action=_ForHydra, nargs=0, is_detail=True, help="with --cfg: references resolved"

@@ -62,6 +62,8 @@ class Sweep:
     """Whether the sweeper chooses values by what the runs return."""
     launcher: str
     """Which plugin starts the runs; "basic": one after another, from this process."""
+    runs_at_once: int
+    """Most runs that it starts at the same time on this machine; below 0: as many as there are cores."""
 
 
 def load_sweep(
@@ -86,7 +88,11 @@ def load_sweep(
         try:
             hydra = compose(ROOT, overrides=first, return_hydra_config=True).hydra
             chosen, launcher = hydra.runtime.choices, OmegaConf.to_container(hydra.launcher)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (
+            HydraException,
+            OmegaConfBaseException,
+            AttributeError,
+        ) as error:  # the last of a section that is null
             raise ConfigError(
                 [f"the sweep cannot be composed ({' '.join(str(error).split())}): correct what it names"]
             ) from error
@@ -101,7 +107,14 @@ def load_sweep(
     if problems:
         raise ConfigError(problems)
     words = [str(override.input_line) for override in parsed]
-    return Sweep(words, jobs, is_chosen=is_chosen, launcher=str(chosen["hydra/launcher"]))
+    at_once = launcher.get("n_jobs", 1)
+    return Sweep(
+        words,
+        jobs,
+        is_chosen=is_chosen,
+        launcher=str(chosen["hydra/launcher"]),
+        runs_at_once=at_once if isinstance(at_once, int) else 1,
+    )
 
 
 def _plugin_problems(chosen: Any, use: HydraUse) -> Iterator[str]:
