@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import logging
 import os
 import random
 
@@ -39,6 +40,15 @@ def pytest_collection_finish():
     """Modules and tests stay to the end: garbage collection need not look through them again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """A run in this process sets the level of the package's log; the next test begins without it."""
+    package = logging.getLogger("megallama")
+    level = package.level
+    yield
+    package.setLevel(level)
 
 
 @pytest.fixture(scope="module")
