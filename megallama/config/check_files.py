@@ -39,6 +39,10 @@ class ManifestLike(Protocol):
     def eod_id(self) -> int:
         """The token that closes each document."""
 
+    @property
+    def begin_id(self) -> int | None:
+        """The token that each document begins with; None: none."""
+
 
 class TokenizerLike(Protocol):
     """What is asked of a tokenizer."""
@@ -150,6 +154,7 @@ def check_vocabulary(config: RunConfig, probes: Probes) -> Iterator[str]:
         )
     scheduled = [source for entry in config.data.schedule for source in entry.sources]
     sources = config.data.sources + config.data.validation + scheduled
+    begins: dict[int | None, str] = {}
     for source in {source.path: source for source in sources}.values():
         try:
             manifest = probes.read_manifest(source.path)
@@ -174,6 +179,24 @@ def check_vocabulary(config: RunConfig, probes: Probes) -> Iterator[str]:
                 f" {manifest.tokenizer_name}, {manifest.vocab_size} ids): set"
                 f" model.vocab_size={manifest.vocab_size}"
             )
+        else:
+            begins.setdefault(manifest.begin_id, source.path)
+    if len(begins) > 1:
+        yield _different_begins(begins)
+
+
+def _different_begins(begins: dict[int | None, str]) -> str:
+    """Of data that begins its documents differently; `begins` has a source for each begin token."""
+    # The one without comes last: only it has another remedy.
+    ordered = sorted(begins.items(), key=lambda item: item[0] is None)
+    (one, path), (other, other_path) = ordered[0], ordered[-1]
+    problem = f"data {path} begins its documents with token {one}, data {other_path} with"
+    if other is None:
+        return (
+            f"{problem} none: prepare one again, {other_path} with --begin-token always or {path} with"
+            " --begin-token never"
+        )
+    return f"{problem} token {other}: prepare both again with the same tokenizer and --begin-token always"
 
 
 def check_run_dir(config: RunConfig) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The lines of a file: where they end, which are blank, and where a reader that starts anywhere finds the next one.
 
-Lines end with LF, or CR and LF. A file of CR alone, as old Macs wrote, is known by its beginning.
+Lines end with LF, or CR and LF; in a file without any LF, as old Macs wrote, with CR.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import io
 import os
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import IO, Any
 
 from megallama.corpus.decompression import open_content
@@ -28,16 +29,20 @@ def is_blank(line: bytes) -> bool:
     return _BLANK.fullmatch(line) is not None
 
 
+@lru_cache(maxsize=1024)  # each stretch of a file asks
 def ends_with_cr(file: CorpusFile) -> bool:
-    """Whether the lines of `file` end with CR alone.
+    """Whether the lines of `file` end with CR alone: it has CR and no LF. It is read up to the first LF.
 
     Raises:
         UserError: as `open_content`.
     """
+    has_cr = False
     with open_content(file) as stream:
-        head = stream.read(_PROBE_BYTES)
-    # What follows a CR at the very end may be its LF.
-    return b"\r" in head.rstrip(b"\r") and b"\n" not in head
+        while block := stream.read(_PROBE_BYTES):
+            if b"\n" in block:
+                return False
+            has_cr = has_cr or b"\r" in block
+    return has_cr
 
 
 def changed_places(content: bytes) -> bytes:

@@ -88,17 +88,17 @@ def copy_tokenizer(path: str | Path, folder: Path) -> Path:
     """
     source = locate_tokenizer(path)
     target = folder / (HUGGING_FACE_FILE if source.suffix == ".json" else SENTENCEPIECE_FILE)
-    if target.exists() and source.name == target.name and source.parent.samefile(folder):
-        return target
+    is_own = target.exists() and source.name == target.name and source.parent.samefile(folder)
     pairs = {target: source} | {folder / name: source.with_name(name) for name in SIDE_FILES}
     folder.mkdir(parents=True, exist_ok=True)
-    copied = {source}
+    kept = {source}
     for new, old in pairs.items():
         if old.is_file():
-            with old.open("rb") as read, replacing(new) as written:
-                shutil.copyfileobj(read, written)
-            copied.add(new)
+            if not is_own:
+                with old.open("rb") as read, replacing(new) as written:
+                    shutil.copyfileobj(read, written)
+            kept.add(new)
     ours = (folder / name for name in (HUGGING_FACE_FILE, SENTENCEPIECE_FILE, *SIDE_FILES))
-    for stale in {*ours, *folder.glob(_RANK_FILES)} - copied:
+    for stale in {*ours, *folder.glob(_RANK_FILES)} - kept:
         stale.unlink(missing_ok=True)
     return target

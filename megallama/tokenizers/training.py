@@ -202,10 +202,10 @@ def _announce_memory(files: Sequence[CorpusFile], sample_bytes: int, announce: C
     expected = min(sample_bytes, sum(file.num_bytes for file in files))
     needed, there = training_memory(expected), memory_bytes()
     if needed > there:
-        fits = there / training_memory(10**6)
+        fits = max(1, there // training_memory(10**6))
         announce(
             f"a sample of {_amount(expected)} takes up to {_amount(needed)} of memory (text without spaces, as Chinese,"
-            f" takes the most), and this machine has {_amount(there)}: --sample-mb {fits:.0f} fits in any case"
+            f" takes the most), and this machine has {_amount(there)}: give --sample-mb {fits} or less"
         )
 
 

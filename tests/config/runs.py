@@ -30,6 +30,7 @@ class Vocabulary:
     vocab_size: int = 512
     sha256: str = "a" * 64
     eod_id: int = 2
+    begin_id: int | None = None
 
     @property
     def tokenizer_name(self) -> str:
@@ -50,10 +51,13 @@ def problems_of(
     *,
     world_size: int | None = 1,
     damaged: dict[str, str] | None = None,
-    manifest: Vocabulary | None = None,
+    manifest: Vocabulary | dict[str, Vocabulary] | None = None,
     tokenizer: Vocabulary | UserError | None = None,
 ) -> list[str]:
-    """What `check` finds; token files are whole but for `damaged` (last part of the path -> problem)."""
+    """What `check` finds; token files are whole but for `damaged` (last part of the path -> problem).
+
+    `manifest` is that of all data, or has those of some by the last part of their path.
+    """
 
     def check_token_file(prefix: str) -> list[str]:
         problem = (damaged or {}).get(Path(prefix).name)
@@ -62,7 +66,7 @@ def problems_of(
     def read_manifest(prefix: str) -> Vocabulary | None:
         if Path(prefix).name in (damaged or {}):
             raise UserError("the manifest is damaged too")
-        return manifest
+        return manifest.get(Path(prefix).name) if isinstance(manifest, dict) else manifest
 
     def load_tokenizer(path: str) -> Vocabulary:
         if isinstance(tokenizer, UserError):

@@ -376,6 +376,18 @@ def test_vocabulary_must_be_the_datas(tmp_path: Path) -> None:
     assert "ends its documents with token 7, data.tokenizer" in problem and " with 2: prepare it" in problem
     without = small_run(tmp_path)
     assert problems_of(without, manifest=Vocabulary(vocab_size=500)) == []
+    # Data of a begin token and of none is not mixed, nor data of Megatron's told, which has no manifest.
+    mixed = small_run(tmp_path, "data.sources=[old, plain, megatron]", "data.validation=[new]")
+    made = {"old": Vocabulary(), "plain": Vocabulary(), "new": Vocabulary(begin_id=1)}
+    (problem,) = problems_of(mixed, manifest=made)
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert problem == (
+        f"data {new} begins its documents with token 1, data {old} with none: prepare one again, {old} with"
+        f" --begin-token always or {new} with --begin-token never"
+    )
+    (problem,) = problems_of(mixed, manifest={**made, "old": Vocabulary(begin_id=3), "plain": made["new"]})
+    assert "with token 3, data" in problem and "with token 1: prepare both again with the same" in problem
+    assert problems_of(mixed, manifest=Vocabulary(begin_id=1)) == []
     (problem,) = problems_of(without, manifest=Vocabulary(vocab_size=600))
     assert "model.vocab_size (512) is too small" in problem and "set model.vocab_size=600" in problem
 

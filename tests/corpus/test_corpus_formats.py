@@ -414,6 +414,9 @@ def test_files_with_cr_alone_have_lines(tmp_path: Path, kind: str) -> None:
         found = records(lines, FILE, stretch_bytes=stretch_bytes)
         assert [r.line if isinstance(r, Damage) else r.text for r in found] == ["a\nb", "b", 4, 5]
     assert texts(path, FILE) == ["\r".join(["\r", parts[0], "\u3000\r", *parts[1:]])]
+    # A CR means nothing where there is LF, be it far behind.
+    path.write_bytes(COMPRESS[kind](b"one\r\r" + b"x" * 70_000 + b"\n\ntwo"))
+    assert [len(text) for text in texts(path, BLANK)] == [70_006, 3]
     # A CR where what is looked at ends may have its LF behind it.
     path.write_bytes(COMPRESS[kind](b"x" * 65_535 + b"\r\n\r\ntwo"))
     assert [len(text) for text in texts(path, BLANK)] == [65_537, 3]

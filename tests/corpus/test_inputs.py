@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -56,9 +57,23 @@ def test_what_is_not_read_is_counted_by_reason(tmp_path: Path, capsys: pytest.Ca
         "ending .gz": 1,
         "without an ending": 1,
         "names that begin with a dot": 2,
-        ".json without JSON lines": 1,
+        ".json without JSON lines that have 'text'": 1,
         "given or linked more than once": 1,
     }
+    # A glob that meets a file several times, by itself and in each folder above it, counts it once.
+    for name in ("below/e.txt", "below/deep/f.txt", "below/deep/g.pdf", "below/deep/.hidden"):
+        write(tmp_path / "in" / name, make_text(len(name)))
+    os.symlink("..", tmp_path / "in/below/loop")
+    names, passed = listed(tmp_path / "in")
+    assert len(names) == 3 and (names, passed) == listed(f"{tmp_path}/in/**")
+    assert (passed["ending .pdf"], passed["given or linked more than once"]) == (3, 1)
+    assert listed(f"{tmp_path}/in/below/**/*.txt")[0] == [
+        "deep/f.txt",
+        "e.txt",
+        "loop/a.txt",
+    ]  # not along the loop
+    assert listed(*[tmp_path / "in/a.txt"] * 3) == (["a.txt"], {"given or linked more than once": 1})
+    shutil.rmtree(tmp_path / "in/below")
     (tmp_path / "in/a.txt").unlink()
     (tmp_path / "in/b.txt").unlink()
     with pytest.raises(UserError, match=r"matches no file with suffix .* \(.*2 ending .pdf.*\): change it"):
@@ -93,6 +108,12 @@ def test_the_commands_say_what_they_did_not_read(
         ('{"text": "broken\n{"text": "二"}\n', True),  # told as damage, not passed over
         ("", True),
         ('{"name": "settings"}', False),
+        ('{"name": "settings"}\n{"name": "others"}\n', False),
+        ('{"text": null}\n{"text": "二"}\n', True),
+        # Vocabularies and documents of more than what is looked at.
+        ('{"!": 0, "text": 1, ' + ", ".join(f'"{n}": {n}' for n in range(100_000)) + "}", False),
+        ('{"id": "\\"text\\": \\"", "te\\u0078t" : "' + '\\"一' * 300_000 + '"}', True),
+        ('{"id": "' + '\\"' * 600_000 + '", "text": "too far"}', False),
         ('{\n  "text": "pretty"\n}', False),
         ('[{"text": "一"}]', False),
         ("[\n" + '{"text": "一"}' + "\n]", False),
@@ -103,7 +124,7 @@ def test_json_is_read_where_it_has_lines(tmp_path: Path, content: str, is_read: 
     write(tmp_path / "b.txt")
     names, passed = listed(tmp_path)
     assert names == (["a.json", "b.txt"] if is_read else ["b.txt"])
-    assert passed == ({} if is_read else {".json without JSON lines": 1})
+    assert passed == ({} if is_read else {".json without JSON lines that have 'text'": 1})
     # A file that is named itself is never passed over; an ending that is named is one of texts, as ever.
     assert listed(tmp_path / "a.json")[0] == ["a.json"]
     (named,) = expand_inputs([tmp_path / "a.json"], suffixes=[".json"])

@@ -108,6 +108,13 @@ def test_the_run_folder_holds_the_tokenizer_that_was_loaded(
     # A run that is given its own copy keeps it.
     run.write_start(config_yaml="", tokenizer=run.tokenizer_folder)
     assert facts(load_tokenizer(run.tokenizer_folder)) == wanted
+    # Also one that it names itself, beside which lie files of another tokenizer.
+    held = {path.name for path in run.tokenizer_folder.iterdir()}
+    for name in {"tokenizer.json", "tokenizer.model", "stale.tiktoken"} - held:
+        (run.tokenizer_folder / name).write_text("{}", encoding="utf-8")
+    run.write_start(config_yaml="", tokenizer=kept)
+    assert {path.name for path in run.tokenizer_folder.iterdir()} == held
+    assert facts(load_tokenizer(run.tokenizer_folder)) == wanted
 
 
 def test_a_begin_token_stands_where_the_files_say_so(tmp_path: Path, tokenizer_path: Path) -> None:

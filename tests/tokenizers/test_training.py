@@ -112,7 +112,7 @@ def test_what_a_sample_costs_is_told_before_the_corpus_is_read(
     monkeypatch.setattr(training, "memory_bytes", lambda: 10**6)
     train(10**10)
     assert re.match(
-        r"a sample of 0\.1 MB takes up to \d\.\d MB of memory .* has 1\.0 MB: --sample-mb 0 fits", told[0]
+        r"a sample of 0\.1 MB takes up to \d\.\d MB of memory .* has 1\.0 MB: give --sample-mb 1 or", told[0]
     )
     train(30_000)
     assert len(told) == 1, "what is sampled fits"
