@@ -9,7 +9,8 @@ from typing import Any
 
 from megallama.host.errors import UserError
 from megallama.huggingface.model_folder import read_json, write_json
-from megallama.tokenizers.convert import tokenizer_json
+from megallama.tokenizers.begin import begin_token
+from megallama.tokenizers.convert import tokenizer_json, with_begin
 from megallama.tokenizers.files import (
     HUGGING_FACE_FILE,
     RANKS_SIDE_FILE,
@@ -40,6 +41,8 @@ class ExportedTokenizer:
 
     tokenizer: Tokenizer
     """The tokenizer of training."""
+    begin_id: int | None
+    """The token that stood before each text in training."""
     pad_id: int
     """What fills shorter texts of a batch."""
 
@@ -65,11 +68,11 @@ def write_tokenizer(
     copied = copy_tokenizer(source, folder)
     side = folder / SIDE_FILE
     config: dict[str, Any] = read_json(side) if side.is_file() else {}
+    first = begin_id(tokenizer)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         for name in (RANKS_SIDE_FILE, *([copied.name] if isinstance(tokenizer, RankTokenizer) else [])):
             (folder / name).unlink(missing_ok=True)
         try:
-            first = begin_id(tokenizer)
             tokenizer_json(tokenizer, begin_id=first).save(str(folder / HUGGING_FACE_FILE))
         except Exception as error:  # the binding raises plain Exception for what it does not know
             raise UserError(
@@ -78,6 +81,9 @@ def write_tokenizer(
             ) from error
         config = {key: value for key, value in config.items() if key not in _OF_OTHER_CLASSES}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": first is not None}
+    elif first != begin_token(tokenizer):
+        with_begin(copied, tokenizer, first).save(str(copied))
+        config["add_bos_token"] = first is not None
     pad_id = _padding(tokenizer, config)
     for key, token in (
         ("bos_token", tokenizer.bos_id),
@@ -94,7 +100,7 @@ def write_tokenizer(
     }
     config = {**usual, **{key: value for key, value in config.items() if value is not None}}
     write_json(side, config)
-    return ExportedTokenizer(tokenizer, pad_id)
+    return ExportedTokenizer(tokenizer, first, pad_id)
 
 
 def _padding(tokenizer: Tokenizer, config: dict[str, Any]) -> int:

@@ -114,21 +114,26 @@ def test_texts_that_transformers_cuts_otherwise_are_told_with_an_example(tmp_pat
     exported = write_tokenizer(
         tmp_path / "tokenizer.model", tmp_path / "out", context=64, begin_id=begin_token
     )
-    found = disagreements(tmp_path / "out", exported.tokenizer, ["却说曹操", "却说曹龘何往"])
+    found = disagreements(tmp_path / "out", exported.tokenizer, ["却说曹操", "却说曹龘何往"], begin_id=None)
     assert len(found) == 2 and found[0].startswith("transformers cuts 1 of 19 texts into other tokens"), found
     assert "'曹龘' is [" in found[0]
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
 @pytest.mark.parametrize("begin", ["always", "never"])
-def test_a_begin_token_of_the_data_is_that_of_the_export(begin, imported, tmp_path):
-    """What the data were prepared with counts, not what the files beside the tokenizer say."""
+def test_a_begin_token_of_the_data_is_that_of_the_export(begin, kind, imported, tmp_path):
+    """What the data were prepared with counts, not what the tokenizer and the files beside it say."""
     from transformers import AutoTokenizer
 
     (tmp_path / "t.txt").write_text("却说曹操", encoding="utf-8")
-    shutil.copyfile(MISTRAL, tmp_path / "tokenizer.model")
+    model = tmp_path / kind
+    if kind == "tokenizer.model":
+        shutil.copyfile(MISTRAL, model)
+    else:
+        made = tokenizer_json(load_tokenizer(MISTRAL), begin_id=1 if begin == "never" else None)
+        made.save(str(model))
     asked = {"add_bos_token": begin == "never"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(asked), encoding="utf-8")
-    model = tmp_path / "tokenizer.model"
     prepare([tmp_path / "t.txt"], tmp_path / "data", tokenizer=model, validation_fraction=0, begin=begin)
     run = tmp_path / "run"
     run.mkdir()
@@ -136,10 +141,14 @@ def test_a_begin_token_of_the_data_is_that_of_the_export(begin, imported, tmp_pa
     config = load_config([*SMALL, f"data.sources=[{{path: {tmp_path}/data/train}}]", f"train.run_dir={run}"])
     (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (tmp_path / "out").mkdir()
-    write_tokenizer(model, tmp_path / "out", context=64, begin_id=partial(begin_of_run, run))
+    exported = write_tokenizer(model, tmp_path / "out", context=64, begin_id=partial(begin_of_run, run))
     ids = load_tokenizer(model).encode("却说")
     wanted = [1, *ids] if begin == "always" else ids
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("却说").input_ids == wanted
+    other = 1 if exported.begin_id is None else None
+    for expected, count in ((exported.begin_id, 0), (other, 1)):
+        found = disagreements(tmp_path / "out", exported.tokenizer, [], begin_id=expected)
+        assert sum("before a text" in line for line in found) == count, found
 
 
 def test_of_two_tokenizers_in_a_folder_one_is_loaded_kept_and_exported(imported, tmp_path):
