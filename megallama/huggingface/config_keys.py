@@ -257,7 +257,7 @@ def without_ignored(config: Mapping[str, Any], ignored: Collection[str], *, orig
         UserError: one is absent, or its effect is known.
     """
     left = dict(config)
-    for name in ignored:
+    for name in dict.fromkeys(ignored):
         outer, _, inner = name.partition(".") if name not in left else (name, "", "")
         holder = left.get(outer) if inner else left
         key = inner or outer

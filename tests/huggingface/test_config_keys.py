@@ -144,9 +144,13 @@ def test_unknown_keys_are_accepted_by_name_from_import_to_export(folder, tmp_pat
     assert main(["export", str(tmp_path / "imported"), "--output", str(tmp_path / "back")]) == 0
     back = json.loads((tmp_path / "back" / "config.json").read_text(encoding="utf-8"))
     assert back == json.loads((source / "config.json").read_text(encoding="utf-8"))
-    for path, extra in ((source, flags), (tmp_path / "imported", [])):
+    for path, extra in (
+        (source, [*flags, *flags]),
+        (tmp_path / "imported", []),
+        (tmp_path / "imported", flags),
+    ):
         like = ["--like", str(path), *extra]
-        target = tmp_path / f"like-{path.name}"
+        target = tmp_path / f"like-{path.name}-{len(extra)}"
         assert main(["export", str(tmp_path / "imported"), "--output", str(target), *like]) == 0
 
 
