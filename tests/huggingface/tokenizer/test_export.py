@@ -68,6 +68,7 @@ def test_an_exported_folder_has_what_transformers_and_people_ask_for(imported, t
     head = yaml.safe_load(card.split("---")[1])
     assert head == {"license": "other", "library_name": "transformers", "pipeline_tag": "text-generation"}
     assert "| context | 64 tokens |" in card and "| vocabulary | 301 |" in card
+    assert "| training" not in card and "| steps" not in card, "an import was not trained"
     err = capsys.readouterr().err
     assert "reads the name of a special token in a text as that token" in err and "cuts" not in err
 
