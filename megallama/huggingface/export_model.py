@@ -38,8 +38,8 @@ from megallama.huggingface.model_folder import (
 )
 from megallama.huggingface.names import hugging_face_tensors
 from megallama.huggingface.safetensors_folder import TensorToWrite, write_safetensors
-from megallama.huggingface.tokenizer.agreement import disagreements, sample_of_run
-from megallama.huggingface.tokenizer.export import ExportedTokenizer, write_tokenizer
+from megallama.huggingface.tokenizer.agreement import sample_of_run
+from megallama.huggingface.tokenizer.export import ExportedTokenizer, agree_on_class, write_tokenizer
 from megallama.huggingface.tokenizer.run_data import begin_of_run
 from megallama.tokenizers.files import find_tokenizer
 
@@ -115,8 +115,7 @@ def _tell(
             f"{tokenizer.path} has {tokenizer.vocab_size} ids, and the model {model.vocab_size}: put the tokenizer of"
             " this model there, or grow the model with megallama expand-vocab"
         )
-    sample = sample_of_run(run, tokenizer)
-    for line in disagreements(folder, tokenizer, sample, begin_id=exported.begin_id):
+    for line in agree_on_class(folder, exported, sample_of_run(run, tokenizer)):
         log(line)
 
 
