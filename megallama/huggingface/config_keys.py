@@ -62,6 +62,16 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "residual_dropout": (0, None),
     "embedding_dropout": (0, None),
     "hidden_dropout": (0, None),
+    "hidden_dropout_prob": (0, None),
+    "attention_probs_dropout_prob": (0, None),
+    "attn_dropout": (0, None),
+    "attn_pdrop": (0, None),
+    "resid_pdrop": (0, None),
+    "embd_pdrop": (0, None),
+    "dropout": (0, None),
+    "add_bias_linear": _OFF,
+    "alibi": _OFF,
+    "use_alibi": _OFF,
     "use_mrope": _OFF,
     "use_dynamic_ntk": _OFF,
     "use_logn_attn": _OFF,
@@ -132,15 +142,26 @@ _SAMPLING = frozenset(
 _TOKEN_ID = re.compile(r".*_token_(id|ids|index)")
 """The tokenizer says its ids; generation_config.json is kept."""
 
-_KERNEL = re.compile(r"_(attn|experts)_implementation.*|_?(use_)?flash_attn\w*")
+_KERNEL = re.compile(r"_experts_implementation.*|_attn_implementation_autoset|_?(use_)?flash_att(entio)?n\w*")
 """Which kernel computes it."""
 
-_PROGRAM_VERSION = re.compile(r"\d+(\.\w+)+.*")
-_SWITCH = re.compile(r"(use|enable|with)_\w+")
-_OUR_PARTS = re.compile(
-    r"rope|rotary|norm|causal|resid|gat(e|ing)|glu|silu|swish|bias|gqa|group|kv|head|mlp|attention"
+_ATTENTION_KERNEL = re.compile(r"_?attn_implementation(_internal)?")
+_SAME_ATTENTION = re.compile(r"(paged\|)?(eager|sdpa|flex_attention|flash_attention_\d)")
+"""Kernels of transformers that compute the same attention."""
+
+_PROGRAM_VERSION = re.compile(
+    r"_?(transformers|unsloth|unsloth_zoo|peft|trl|axolotl|mlx|mlx_lm|torch|pytorch|flash_attn|accelerate|optimum"
+    r"|safetensors|tokenizers|huggingface_hub|llama_factory|llamafactory|deepspeed|megatron|vllm|autoawq|gptqmodel"
+    r"|adapter_transformers|cuda|python)_version"
 )
-"""Words of parts that our models have: a switch that turns one off would be another model."""
+"""Notes of the programs that wrote the file."""
+
+_SWITCH = re.compile(r"(use|enable|with)_\w+")
+_PARTS = re.compile(
+    r"rope|rotary|pos|alibi|norm|(^|_)(rms|ln|ffn)|causal|resid|skip|gat(e|ing)|glu|silu|swish|activation|bias|gqa"
+    r"|group|kv|head|mlp|att(entio)?n|softmax|mask|tie|embed|vocab|logit|scal|layer|weight|linear|proj"
+)
+"""Words of parts of a model: a switch that turns one off may be another model, if ours has the part."""
 
 ROPE_KEY_OF = {
     "rope_scaling_factor": "factor",
@@ -173,13 +194,19 @@ def is_without_effect(key: str, value: Any, *, family: str) -> bool:
         return True
     if value is None:
         return True
-    if key.endswith("_version") and isinstance(value, str):
-        return _PROGRAM_VERSION.fullmatch(value) is not None
+    if _PROGRAM_VERSION.fullmatch(key):
+        return True
+    if _ATTENTION_KERNEL.fullmatch(key):
+        return _SAME_ATTENTION.fullmatch(str(value)) is not None
+    if key == "version":  # of the file's form
+        return value == "1.0"
+    if key in ("bias", "use_bias"):
+        return value is False and family != "qwen2"
     if key in ("qkv_bias", "use_qkv_bias"):
         return value is (family == "qwen2")
     if key in ("qk_norm", "use_qk_norm"):
         return value is (family == "qwen3")
-    return value is False and _SWITCH.fullmatch(key) is not None and not _OUR_PARTS.search(key)
+    return value is False and _SWITCH.fullmatch(key) is not None and not _PARTS.search(key)
 
 
 def key_problems(config: Mapping[str, Any], *, family: str) -> list[str]:
@@ -230,7 +257,7 @@ def without_ignored(config: Mapping[str, Any], ignored: Collection[str], *, orig
         UserError: one is absent, or its effect is known.
     """
     left = dict(config)
-    for name in ignored:
+    for name in dict.fromkeys(ignored):
         outer, _, inner = name.partition(".") if name not in left else (name, "", "")
         holder = left.get(outer) if inner else left
         key = inner or outer

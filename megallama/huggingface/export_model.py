@@ -38,11 +38,10 @@ from megallama.huggingface.model_folder import (
 )
 from megallama.huggingface.names import hugging_face_tensors
 from megallama.huggingface.safetensors_folder import TensorToWrite, write_safetensors
-from megallama.huggingface.tokenizer.agreement import disagreements, sample_of_run
-from megallama.huggingface.tokenizer.export import ExportedTokenizer, write_tokenizer
+from megallama.huggingface.tokenizer.agreement import sample_of_run
+from megallama.huggingface.tokenizer.export import ExportedTokenizer, agree_on_class, write_tokenizer
 from megallama.huggingface.tokenizer.run_data import begin_of_run
 from megallama.tokenizers.files import find_tokenizer
-from megallama.tokenizers.interface import Tokenizer
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -101,21 +100,22 @@ def export_model(
                 f"{run} holds no tokenizer, so {output} has none: copy the model's there, or name it with --like"
             )
         else:
-            _tell(folder, tokenizer.tokenizer, model, run, log=log)
+            _tell(folder, tokenizer, model, run, log=log)
         files = write_safetensors(folder, tensors, dtype=chosen, max_shard_bytes=max_shard_bytes)
     return files
 
 
 def _tell(
-    folder: Path, tokenizer: Tokenizer, model: ModelConfig, run: Path, *, log: Callable[[str], None]
+    folder: Path, exported: ExportedTokenizer, model: ModelConfig, run: Path, *, log: Callable[[str], None]
 ) -> None:
     """What the user should know of the tokenizer, a line each."""
+    tokenizer = exported.tokenizer
     if tokenizer.vocab_size > model.vocab_size:
         log(
             f"{tokenizer.path} has {tokenizer.vocab_size} ids, and the model {model.vocab_size}: put the tokenizer of"
             " this model there, or grow the model with megallama expand-vocab"
         )
-    for line in disagreements(folder, tokenizer, sample_of_run(run, tokenizer)):
+    for line in agree_on_class(folder, exported, sample_of_run(run, tokenizer)):
         log(line)
 
 

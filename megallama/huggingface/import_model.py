@@ -25,6 +25,7 @@ from megallama.huggingface.model_folder import (
     read_json,
     write_json,
 )
+from megallama.huggingface.safetensors_folder import is_whole_model
 from megallama.huggingface.weights import HuggingFaceWeights, row_blocks
 from megallama.tokenizers.files import copy_tokenizer, find_tokenizer
 
@@ -61,7 +62,7 @@ def import_model(
         raise UserError(
             f"the name of the shape ({name!r}) must be letters, digits, '_', '-', '.': give --name"
         )
-    if (source / ADAPTER_FILE).is_file() and not (source / CONFIG_FILE).is_file():
+    if (source / ADAPTER_FILE).is_file() and not is_whole_model(source):
         base = read_json(source / ADAPTER_FILE).get("base_model_name_or_path")
         raise UserError(
             f"{source} holds an adapter ({ADAPTER_FILE}; LoRA or another) of the model {base!r} and no whole model:"
@@ -96,7 +97,7 @@ def import_model(
             write_shape(folder, model)
             copy_files(source, folder / KEPT_FOLDER, (CONFIG_FILE, GENERATION_FILE))
             if ignore_keys:
-                write_json(folder / KEPT_FOLDER / IGNORED_FILE, {"keys": list(ignore_keys)})
+                write_json(folder / KEPT_FOLDER / IGNORED_FILE, {"keys": list(dict.fromkeys(ignore_keys))})
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, folder / "tokenizer")
     return model

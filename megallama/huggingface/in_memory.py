@@ -20,6 +20,8 @@ from megallama.huggingface.checkpoint_source import blocks, check_complete
 from megallama.huggingface.config import hugging_face_config
 from megallama.huggingface.names import hugging_face_tensors
 
+_LEAST_TEMPERATURE = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -44,6 +46,11 @@ class Sampling:
             raise UserError(
                 f"--temperature ({self.temperature}) must be 0 or more: 0 is greedy decoding,"
                 " 1 samples from the model's distribution"
+            )
+        if 0 < self.temperature < _LEAST_TEMPERATURE:
+            raise UserError(
+                f"--temperature ({self.temperature}) must be 0, or {_LEAST_TEMPERATURE} at least: logits divided by"
+                " less are no finite numbers; 0 takes the likeliest token"
             )
         if self.top_k < 0:
             raise UserError(
@@ -131,6 +138,9 @@ def continue_ids(
         end_ids: Tokens that end the text.
         never: Tokens that are not chosen.
         show: Given each new token as it is found; with beam search once all are.
+
+    Raises:
+        UserError: logits that are not finite.
     """
     new: list[int] = []
 
@@ -166,11 +176,26 @@ def continue_ids(
             attention_mask=torch.ones_like(prompt),
             generation_config=transformers.GenerationConfig(**settings),
             streamer=_Streamer(take) if is_streamed else None,
+            logits_processor=[_refuse_not_finite],
         )
     if not is_streamed:
         for token in found[0, len(ids) :].tolist():
             take(token)
     return new
+
+
+def _refuse_not_finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The `scores` [texts, ids] as they are; of NaN no token can be drawn, and the likeliest is none.
+
+    Suppressed tokens have -inf, so only the largest is looked at, which NaN counts as.
+    """
+    if not scores.amax(-1).isfinite().all():
+        raise UserError(
+            f"the logits after {input_ids.shape[1]} tokens are not finite: the checkpoint holds NaN or infinite"
+            " numbers, or they overflow in its format (fp16), or --repetition-penalty is extreme; take an earlier"
+            " checkpoint, or one trained in bf16 or fp32"
+        )
+    return scores
 
 
 class _Streamer(BaseStreamer):

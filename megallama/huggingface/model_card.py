@@ -37,7 +37,8 @@ def model_card(reader: CheckpointReader, model: ModelConfig, run: Path, *, token
         training["learning rate"] = f"{config.optim.lr:g}"
         if config.train.init_from:
             training["started from"] = Path(config.train.init_from).name
-    tables = (_table("shape", rows), _table("training", training))
+    # Step 0 is an import, or a grown vocabulary.
+    tables = [_table("shape", rows), *([_table("training", training)] if reader.step else [])]
     head = "---\nlicense: other  # fill in the licence of this model\nlibrary_name: transformers\n"
     head += "pipeline_tag: text-generation\n---\n"
     sections = (f"# {model.name}", *tables, f"Exported by megallama {version()}.")

@@ -111,6 +111,13 @@ class SafetensorsFolder:
             self._files[name], self.shapes[name], self.dtypes[name] = opened, tuple(part.get_shape()), dtype
 
 
+def is_whole_model(folder: Path) -> bool:
+    """Whether weights of a whole model lie in `folder`, of a form that is read or not."""
+    return any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)) or any(
+        not file.name.startswith("adapter_") for pattern in _PICKLES for file in folder.glob(pattern)
+    )
+
+
 def _files_of(folder: Path) -> dict[str, list[str]]:
     """File name -> names of the tensors that it must hold (whatever else it holds is taken too)."""
     if (folder / INDEX_FILE).exists():

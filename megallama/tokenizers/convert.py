@@ -7,7 +7,9 @@ are joined in the same order as when the token stands alone, since nothing outsi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sentencepiece import sentencepiece_model_pb2
@@ -46,11 +48,32 @@ def tokenizer_json(tokenizer: Tokenizer, *, begin_id: int | None = None) -> toke
         ]
     )
     if begin_id is not None:
-        begin = tokenizer.label(begin_id)
-        made.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, begin_id)]
-        )
+        made.post_processor = _begin_template(tokenizer.label(begin_id), begin_id)
     return made
+
+
+def with_begin(path: Path, tokenizer: Tokenizer, begin_id: int | None) -> tokenizers.Tokenizer:
+    """The `tokenizer.json` at `path` with `begin_id` before each text and nothing else around it; None: nothing at all.
+
+    What it does to the places of tokens in a text (ByteLevel) is kept.
+    """
+    made = tokenizers.Tokenizer.from_file(str(path))
+    content: Any = json.loads(made.to_str())
+    there = content["post_processor"] or {"type": "Sequence", "processors": []}
+    parts = there["processors"] if there["type"] == "Sequence" else [there]
+    parts = [part for part in parts if part["type"] == "ByteLevel"]
+    if begin_id is not None:
+        made.post_processor = _begin_template(tokenizer.label(begin_id), begin_id)
+        parts.append(json.loads(made.to_str())["post_processor"])
+    content["post_processor"] = {"type": "Sequence", "processors": parts} if parts else None
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def _begin_template(begin: str, begin_id: int) -> processors.TemplateProcessing:
+    # As lists: a name may hold spaces or colons.
+    return processors.TemplateProcessing(
+        single=[begin, "$A"], pair=[begin, "$A", begin, "$B"], special_tokens=[(begin, begin_id)]
+    )
 
 
 def _from_ranks(tokenizer: RankTokenizer) -> tokenizers.Tokenizer:

@@ -108,7 +108,8 @@ def _load(path: str | Path, role: str) -> SentencePieceTokenizer:
     loaded = load_tokenizer(path)
     if not isinstance(loaded, SentencePieceTokenizer):
         raise UserError(
-            f"{role} tokenizer {path} is no sentencepiece model ({loaded.name}): give a .model file"
+            f"{role} tokenizer {path} is no sentencepiece model ({loaded.name}): give a .model file; of an imported"
+            " model it lies in the folder that was imported, beside its tokenizer.json, if it has one"
         )
     return loaded
 

@@ -11,6 +11,7 @@ from megallama.cli import main
 from megallama.config.load import load_yaml
 from megallama.config.schema import ParallelConfig, ZeroConfig
 from megallama.generate import Sampling, generate, open_generator
+from megallama.host.errors import UserError
 from megallama.tokenizers.load import load_tokenizer
 from tests.support.forward import greedy_tokens
 from tests.support.jobs import overrides, train, write_dataset
@@ -82,6 +83,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(run_dir, cap
     ("arguments", "message"),
     [
         (["--temperature", "-1"], "--temperature (-1.0) must be 0 or more"),
+        (["--temperature", "1e-40"], "--temperature (1e-40) must be 0, or 1e-06 at least"),
         (["--top-p", "0"], "--top-p (0.0) must be in (0, 1]"),
         (["--repetition-penalty", "0"], "--repetition-penalty (0.0) must be above 0"),
         (["--beams", "2", "--temperature", "1"], "--beams (2) looks for the likeliest text"),
@@ -121,6 +123,11 @@ def test_choice_respects_temperature_top_k_top_p_and_repetition(run_dir):
     twice = Sampling(temperature=0, repetition_penalty=1e6)
     new = generator.continue_ids(ids, max_new_tokens=6, sampling=twice)
     assert len({*ids, *new}) == len({*ids}) + len(new), "a token came again"
+    with torch.no_grad():
+        next(generator.network.parameters()).fill_(float("nan"))
+    for sampling in (Sampling(), Sampling(temperature=0), Sampling(temperature=0, beams=2)):
+        with pytest.raises(UserError, match="logits after .* tokens are not finite"):
+            generator.continue_ids(ids, max_new_tokens=2, sampling=sampling)
 
 
 def test_beam_search_finds_a_likelier_text(run_dir, capsys):

@@ -216,10 +216,13 @@ def test_an_index_may_name_what_says_nothing_of_its_own(sharded, tmp_path, capsy
 
 
 def test_the_folder_of_an_adapter_is_told_from_a_model(tmp_path, capsys):
+    """Some write the config.json of the whole model beside it, and all the adapter's own weights."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}), "utf-8")
-    assert main(["import", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert "holds an adapter (adapter_config.json; LoRA or another) of the model 'base'" in error
+    for beside, content in (("adapter_model.safetensors", ""), ("config.json", '{"model_type": "llama"}')):
+        (tmp_path / beside).write_text(content, encoding="utf-8")
+        assert main(["import", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert "holds an adapter (adapter_config.json; LoRA or another) of the model 'base'" in error
 
 
 def test_existing_output_is_refused(folder, tmp_path, capsys):

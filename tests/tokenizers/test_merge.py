@@ -200,7 +200,7 @@ def test_senseless_merges_are_refused(
     (tmp_path / "file").write_text("x")
     for arguments, message in [
         ([MISTRAL, unigram, tmp_path / "out"], "different types (bpe and unigram"),
-        ([LLAMA3, second.path, tmp_path / "out"], "no sentencepiece model"),
+        ([LLAMA3, second.path, tmp_path / "out"], "a .model file; of an imported model it lies in"),
         ([MISTRAL, MISTRAL, tmp_path / "out"], "adds nothing"),
         ([MISTRAL, second.path, tmp_path / "file"], "is a file"),
         ([MISTRAL, tmp_path / "none.model", tmp_path / "out"], "does not exist"),

@@ -57,8 +57,17 @@ def _beginnings(file: TokenFile, tokenizer: Tokenizer) -> Iterator[str]:
             yield tokenizer.decode(ids).rstrip("\ufffd")
 
 
-def disagreements(folder: Path, tokenizer: Tokenizer, sample: Iterable[str]) -> list[str]:
-    """What differs between `tokenizer` and what transformers makes of `folder`, a sentence each."""
+def disagreements(
+    folder: Path, tokenizer: Tokenizer, sample: Iterable[str], *, begin_id: int | None
+) -> list[str]:
+    """What differs between `tokenizer` and what transformers makes of `folder`, a sentence each.
+
+    Args:
+        folder: The exported folder.
+        tokenizer: That of training.
+        sample: Texts to compare beside `TEXTS`.
+        begin_id: The token that stood before each text in training.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -84,6 +93,14 @@ def disagreements(folder: Path, tokenizer: Tokenizer, sample: Iterable[str]) -> 
         found.append(
             f"transformers cuts {len(differing)} of {len(texts)} texts into other tokens than training did:"
             f" {_shortest(text, tokenizer, of_transformers)}"
+        )
+    dressed, plain = list(theirs("a").input_ids), of_transformers("a")
+    before = dressed[: len(dressed) - len(plain)] if dressed[-len(plain) :] == plain else dressed
+    wanted = [begin_id] if begin_id is not None else []
+    if before != wanted:
+        found.append(
+            f"transformers puts {before} before a text and training put {wanted}: set add_bos_token in"
+            " tokenizer_config.json, and the post_processor of tokenizer.json, to what training did"
         )
     text = tokenizer.label(tokenizer.eod_id)
     if of_transformers(text) != tokenizer.encode(text):

@@ -68,6 +68,7 @@ def test_an_exported_folder_has_what_transformers_and_people_ask_for(imported, t
     head = yaml.safe_load(card.split("---")[1])
     assert head == {"license": "other", "library_name": "transformers", "pipeline_tag": "text-generation"}
     assert "| context | 64 tokens |" in card and "| vocabulary | 301 |" in card
+    assert "| training" not in card and "| steps" not in card, "an import was not trained"
     err = capsys.readouterr().err
     assert "reads the name of a special token in a text as that token" in err and "cuts" not in err
 
@@ -114,36 +115,45 @@ def test_texts_that_transformers_cuts_otherwise_are_told_with_an_example(tmp_pat
     exported = write_tokenizer(
         tmp_path / "tokenizer.model", tmp_path / "out", context=64, begin_id=begin_token
     )
-    found = disagreements(tmp_path / "out", exported.tokenizer, ["却说曹操", "却说曹龘何往"])
+    found = disagreements(tmp_path / "out", exported.tokenizer, ["却说曹操", "却说曹龘何往"], begin_id=None)
     assert len(found) == 2 and found[0].startswith("transformers cuts 1 of 19 texts into other tokens"), found
     assert "'曹龘' is [" in found[0]
 
 
-@pytest.mark.parametrize("begin", ["always", "never"])
-def test_a_begin_token_of_the_data_is_that_of_the_export(begin, imported, tmp_path):
-    """What the data were prepared with counts, not what the files beside the tokenizer say."""
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("begin", ["always", "never", "tokenizer"])
+def test_a_begin_token_of_the_data_is_that_of_the_export(begin, kind, imported, tmp_path):
+    """What the data were prepared with counts, not what the tokenizer and the files beside it say."""
     from transformers import AutoTokenizer
 
     (tmp_path / "t.txt").write_text("却说曹操", encoding="utf-8")
-    shutil.copyfile(MISTRAL, tmp_path / "tokenizer.model")
-    asked = {"add_bos_token": begin == "never"}
+    model = tmp_path / kind
+    if kind == "tokenizer.model":
+        shutil.copyfile(MISTRAL, model)
+    else:
+        made = tokenizer_json(load_tokenizer(MISTRAL), begin_id=1 if begin == "never" else None)
+        made.save(str(model))
+    asked = {"add_bos_token": begin != "always"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(asked), encoding="utf-8")
-    model = tmp_path / "tokenizer.model"
     prepare([tmp_path / "t.txt"], tmp_path / "data", tokenizer=model, validation_fraction=0, begin=begin)
     run = tmp_path / "run"
     run.mkdir()
-    assert begin_of_run(run, load_tokenizer(model)) == (1 if begin == "never" else None)
+    assert begin_of_run(run, load_tokenizer(model)) == (None if begin == "always" else 1)
     config = load_config([*SMALL, f"data.sources=[{{path: {tmp_path}/data/train}}]", f"train.run_dir={run}"])
     (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (tmp_path / "out").mkdir()
-    write_tokenizer(model, tmp_path / "out", context=64, begin_id=partial(begin_of_run, run))
+    exported = write_tokenizer(model, tmp_path / "out", context=64, begin_id=partial(begin_of_run, run))
     ids = load_tokenizer(model).encode("却说")
-    wanted = [1, *ids] if begin == "always" else ids
+    wanted = ids if begin == "never" else [1, *ids]
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("却说").input_ids == wanted
+    other = 1 if exported.begin_id is None else None
+    for expected, count in ((exported.begin_id, 0), (other, 1)):
+        found = disagreements(tmp_path / "out", exported.tokenizer, [], begin_id=expected)
+        assert sum("before a text" in line for line in found) == count, found
 
 
-def test_of_two_tokenizers_in_a_folder_one_is_loaded_kept_and_exported(imported, tmp_path):
-    """A tokenizer.json with one end token more than the tokenizer.model beside it."""
+def test_of_two_tokenizers_in_a_folder_one_is_loaded_kept_and_exported(imported, tmp_path, capsys):
+    """A tokenizer.json with one end token more than the tokenizer.model beside it, and a class that cuts otherwise."""
     there = tmp_path / "there"
     make_model("llama2", there, vocab_size=291)
     (tmp_path / "t.txt").write_text("却说曹操大军 the cat\n" * 30, encoding="utf-8")
@@ -151,7 +161,8 @@ def test_of_two_tokenizers_in_a_folder_one_is_loaded_kept_and_exported(imported,
     made = tokenizer_json(load_tokenizer(there))
     made.add_special_tokens(["<|im_end|>"])
     made.save(str(there / "tokenizer.json"))
-    (there / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}', encoding="utf-8")
+    said = {"eos_token": "<|im_end|>", "tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False}
+    (there / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
     assert main(["import", str(there), "--output", str(tmp_path / "imported")]) == 0
     generator = open_generator(tmp_path / "imported")
     assert (generator.tokenizer.eod_id, generator.tokenizer.vocab_size) == (290, 291)
@@ -160,10 +171,9 @@ def test_of_two_tokenizers_in_a_folder_one_is_loaded_kept_and_exported(imported,
         out = tmp_path / f"out{number}"
         assert main(["export", str(tmp_path / "imported"), "--output", str(out), *like]) == 0
         assert load_tokenizer(out).eod_id == 290 and not (out / "tokenizer.model").exists()
-        assert (
-            json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
-            == "<|im_end|>"
-        )
+        config = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+        assert (config["eos_token"], config["tokenizer_class"]) == ("<|im_end|>", "PreTrainedTokenizerFast")
+        assert "add_prefix_space" not in config and " cuts " not in capsys.readouterr().err
 
 
 def test_the_sample_is_of_the_runs_own_documents(tmp_path):
