@@ -107,6 +107,7 @@ def load_sweep(
     if problems:
         raise ConfigError(problems)
     words = [str(override.input_line) for override in parsed]
+    assert isinstance(launcher, dict)
     at_once = launcher.get("n_jobs", 1)
     return Sweep(
         words,
