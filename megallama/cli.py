@@ -23,7 +23,7 @@ from megallama.commands import (
 )
 from megallama.commands.parser import CommandParser
 from megallama.host.errors import EXIT_USER_ERROR, UserError
-from megallama.host.limits import raise_limit, too_many_open
+from megallama.host.limits import raise_limit, user_error_of
 from megallama.host.log import quiet_libraries
 from megallama.host.utf8 import use_utf8
 from megallama.host.version import version
@@ -41,17 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raise_limit()
     try:
         return options.command(options) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, a closed pager) left; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        known = too_many_open(error)
+    except (UserError, OSError) as error:
+        known = user_error_of(error)
         if known is None:
             raise
         print(f"error: {known}", file=sys.stderr)

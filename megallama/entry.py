@@ -14,7 +14,7 @@ from megallama.commands.parser import CommandParser
 from megallama.config.words.command_line import CommandLine, add_run_words, add_shows
 from megallama.host.errors import EXIT_USER_ERROR, UserError
 from megallama.host.launch import LaunchEnvironment, read_launch_environment, tell_libraries
-from megallama.host.limits import raise_limit, too_many_open
+from megallama.host.limits import raise_limit, user_error_of
 from megallama.host.log import quiet_libraries
 from megallama.host.utf8 import use_utf8
 from megallama.preflight import check_job
@@ -57,11 +57,8 @@ def main(arguments: Sequence[str], *, hooks: Sequence[Hook] = (), disk: Disk | N
                 config, hooks=hooks, disk=disk, environment=environment, job_index=index
             ).fit():
                 break
-    except UserError as error:
-        _report(error, environment)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        known = too_many_open(error)
+    except (UserError, OSError) as error:
+        known = user_error_of(error)
         if known is None:
             raise
         _report(known, environment)

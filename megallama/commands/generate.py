@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megallama.commands.parser import Commands, text, whole_number
+from megallama.tokenizers.begin import BEGINS
 
 
 def add(commands: Commands) -> None:
@@ -39,7 +40,7 @@ def add(commands: Commands) -> None:
     )
     generate.add_argument(
         "--begin-token",
-        choices=["tokenizer", "always", "never"],
+        choices=BEGINS,
         default=None,
         help="whether the prompt begins with the tokenizer's begin token (default: as the run's data, if they are still"
         " there, else where the tokenizer's files say so)",

@@ -12,6 +12,7 @@ from megallama.commands.parser import (
     positive_number,
     whole_number,
 )
+from megallama.tokenizers.begin import BEGINS
 
 if TYPE_CHECKING:
     from megallama.prepare.report import PrepareReport
@@ -33,7 +34,7 @@ def add(commands: Commands) -> None:
     )
     prepare.add_argument(
         "--begin-token",
-        choices=["tokenizer", "always", "never"],
+        choices=BEGINS,
         default="tokenizer",
         help="whether each document begins with the tokenizer's begin token (default: where its files say so)",
     )

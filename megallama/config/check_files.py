@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megallama.config.load import load_yaml
+from megallama.config.names import RUN_FILE
 from megallama.config.same_model import differing_settings
 from megallama.config.schema import RunConfig, SourceConfig
 from megallama.config.typed import plain
@@ -219,9 +220,9 @@ def check_same_model(config: RunConfig) -> Iterator[str]:
     """Checkpoints in the run folder are of this model, since the run goes on from them."""
     path = Path(config.train.run_dir)
     try:
-        if not any((path / "checkpoints").iterdir()) or not (path / "config.yaml").exists():
+        if not any((path / "checkpoints").iterdir()) or not (path / RUN_FILE).exists():
             return  # checkpoints alone, copied from elsewhere: loading compares the model
-        before = load_yaml(path / "config.yaml").model
+        before = load_yaml(path / RUN_FILE).model
     except ConfigError:
         return  # damaged: the start writes it anew, and loading compares the model
     except OSError:

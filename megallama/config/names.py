@@ -14,6 +14,9 @@ from megallama.config.schema import RunConfig
 GROUPS = ("model", "exp")
 """Folders of `conf/` whose files are picked by name."""
 
+RUN_FILE = "config.yaml"
+"""The configuration of a run, in its folder."""
+
 DERIVED = {
     "parallel.dp": "dp is what remains of the ranks: world_size / (tp x pp x cp)",
     "train.num_micro_batches": "it is train.global_batch_size / (train.micro_batch_size x dp)",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megallama.config.schema import OptimConfig
-from megallama.host.built_kernels import refusal, why_not_built
 from megallama.host.errors import UserError
+from megallama.kernels.named import require
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,7 @@ def build_adam(groups: list[dict[str, Any]], optim: OptimConfig, *, kernel: str)
     """
     settings = dict(lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     if kernel == "apex":
-        reason = why_not_built("adam", kernel) if torch.cuda.is_available() else "there is no CUDA device"
-        if reason:
-            raise UserError(refusal("adam", kernel, reason))
+        require("adam", kernel)
         from apex.optimizers import FusedAdam
 
         optimizer: torch.optim.Optimizer = FusedAdam(groups, adam_w_mode=True, **settings)

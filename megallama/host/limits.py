@@ -65,6 +65,11 @@ def too_many_open(error: OSError) -> UserError | None:
     )
 
 
+def user_error_of(error: UserError | OSError) -> UserError | None:
+    """What to tell the user of `error`, which nobody nearer to its cause has put into words; None: it is a fault."""
+    return error if isinstance(error, UserError) else too_many_open(error)
+
+
 def memory_bytes() -> int:
     """Memory of the machine, or what a container or batch job is given of it."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

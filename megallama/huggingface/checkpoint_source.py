@@ -13,14 +13,13 @@ from megallama.checkpoint.format.boxes import DEFAULT_CAP_ELEMENTS
 from megallama.checkpoint.format.model_identity import model_of_identity
 from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.config.load import load_model_yaml, load_yaml, model_to_yaml
+from megallama.config.names import RUN_FILE
 from megallama.config.schema import Dtype, ModelConfig, RopeScaling
 from megallama.host.dtypes import FLOATS
 from megallama.host.errors import UserError
 from megallama.huggingface.names import Made, canonical_tensors
 
 FORMATS = {kind.value: FLOATS[kind.full_name] for kind in Dtype if kind is not Dtype.fp64}
-CONFIG_FILE = "config.yaml"
-"""The configuration of a run, in its folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Trained:
 
 def trained_model(run: Path) -> Trained | None:
     """What `run` says: the folder of a run, of an import, or of a grown vocabulary; None for any other folder."""
-    if (run / CONFIG_FILE).is_file():
-        config = load_yaml(run / CONFIG_FILE)
+    if (run / RUN_FILE).is_file():
+        config = load_yaml(run / RUN_FILE)
         return Trained(config.model, config.train.seq_len, config.precision.dtype)
     shapes = sorted((run / "conf" / "model").glob("*.yaml"))
     if len(shapes) != 1 or not (run / "checkpoints").is_dir():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from megallama.checkpoint.offline.reader import CheckpointReader
 from megallama.config.load import load_yaml
+from megallama.config.names import RUN_FILE
 from megallama.config.schema import ModelConfig
 from megallama.host.version import version
-from megallama.huggingface.checkpoint_source import CONFIG_FILE
 from megallama.model.counts import count_parameters
 
 CARD_FILE = "README.md"
@@ -29,8 +29,8 @@ def model_card(reader: CheckpointReader, model: ModelConfig, run: Path, *, token
     progress = reader.state.get("progress")
     if isinstance(progress, dict):
         training["tokens"] = f"{progress.get('consumed_tokens', 0):,}"
-    if (run / CONFIG_FILE).is_file():
-        config = load_yaml(run / CONFIG_FILE)
+    if (run / RUN_FILE).is_file():
+        config = load_yaml(run / RUN_FILE)
         names = ["/".join(Path(source.path).parts[-2:]) for source in config.data.all_sources()]
         training["data"] = ", ".join(dict.fromkeys(names)) or "a dataset of its own"
         training["sequences"] = f"{config.train.global_batch_size} of {config.train.seq_len} tokens a step"

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from megallama.host.built_kernels import refusal, why_not_built
-from megallama.host.errors import UserError
+from megallama.kernels.named import require
 
 NormFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -32,19 +31,14 @@ def rms_norm_apex(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     return normalized
 
 
-def why_not_apex() -> str | None:
-    """Why apex's kernel cannot run here, or None."""
-    return why_not_built("norm", "apex") if torch.cuda.is_available() else "there is no CUDA device"
-
-
 def choose_norm(name: str) -> tuple[str, NormFunction]:
     """The backend called `name`; for `auto`, torch's.
 
     Raises:
         UserError: `name` was asked for and cannot run here.
     """
-    if name == "apex" and (reason := why_not_apex()):
-        raise UserError(refusal("norm", name, reason))
+    if name == "apex":
+        require("norm", name)
     backends: dict[str, NormFunction] = {
         "torch": rms_norm_torch,
         "apex": rms_norm_apex,

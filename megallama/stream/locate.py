@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 from megallama.config.load import load_yaml
+from megallama.config.names import RUN_FILE
 from megallama.host.errors import UserError
 from megallama.stream.ledger import LEDGER_FILE, read_ledger
 from megallama.tokens.manifest import REPORT, SUFFIXES, TRAIN, VALID
-
-_CONFIG_FILE = "config.yaml"
 
 
 def prefixes_at(path: str | Path) -> list[str]:
@@ -24,7 +23,7 @@ def prefixes_at(path: str | Path) -> list[str]:
     folder = Path(path)
     if (folder / REPORT).is_file():
         return [str(folder / name) for name in (TRAIN, VALID) if (folder / f"{name}.json").exists()]
-    config, ledger = folder / _CONFIG_FILE, folder / LEDGER_FILE
+    config, ledger = folder / RUN_FILE, folder / LEDGER_FILE
     if config.is_file() or ledger.is_file():
         named = [entry.path for entry in load_yaml(config).data.all_sources()] if config.is_file() else []
         segments = read_ledger(folder).segments if ledger.is_file() else ()

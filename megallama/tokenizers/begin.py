@@ -13,14 +13,17 @@ Begin = Literal["tokenizer", "always", "never"]
 """`tokenizer`: where its files say so. A bare sentencepiece model or rank file says nothing, so it is left out."""
 
 
+BEGINS: tuple[Begin, ...] = get_args(Begin)
+
+
 def begin_token(tokenizer: Tokenizer, begin: Begin = "tokenizer") -> int | None:
     """The token that stands before each text under `begin`; None: no token does.
 
     Raises:
         UserError: `begin` is none of these, or `always` and the tokenizer has no such token.
     """
-    if begin not in get_args(Begin):
-        raise UserError(f"begin-token ({begin!r}) is unknown: use {', '.join(get_args(Begin))}")
+    if begin not in BEGINS:
+        raise UserError(f"begin-token ({begin!r}) is unknown: use {', '.join(BEGINS)}")
     if begin == "always" and tokenizer.bos_id is None:
         raise UserError(
             f"tokenizer {tokenizer.path} has no begin-of-text token: use never for the begin token, or name"

@@ -41,11 +41,7 @@ def tokenizer_json(tokenizer: Tokenizer, *, begin_id: int | None = None) -> toke
         assert isinstance(tokenizer, SentencePieceTokenizer), tokenizer.name
         made = _from_sentencepiece(tokenizer)
     made.add_special_tokens(
-        [
-            AddedToken(tokenizer.label(token), normalized=False, special=True)
-            for token in range(tokenizer.vocab_size)
-            if tokenizer.kind(token) is PieceKind.special
-        ]
+        [AddedToken(label, normalized=False, special=True) for label in tokenizer.special_tokens()]
     )
     if begin_id is not None:
         made.post_processor = _begin_template(tokenizer.label(begin_id), begin_id)

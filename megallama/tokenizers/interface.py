@@ -70,6 +70,14 @@ class Tokenizer(ABC):
     def kind(self, token: int) -> PieceKind:
         """What token id `token` is."""
 
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens in the order of their ids, by `label`."""
+        return {
+            self.label(token): token
+            for token in range(self.vocab_size)
+            if self.kind(token) is PieceKind.special
+        }
+
     @abstractmethod
     def surface(self, token: int) -> bytes:
         """The bytes of text that `token` stands for, a leading space included; none for a special token."""

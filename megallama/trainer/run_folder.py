@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megallama.config.names import RUN_FILE
 from megallama.host.errors import UserError
 from megallama.host.files import write_whole
 from megallama.stream.ledger import LEDGER_FILE
@@ -25,7 +26,7 @@ class RunFolder:
     @property
     def config_file(self) -> Path:
         """The resolved configuration."""
-        return self.path / "config.yaml"
+        return self.path / RUN_FILE
 
     @property
     def ledger_file(self) -> Path:

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from megallama.config.load import load_config
+from megallama.engine.build import build_run_engine
 from megallama.host.launch import read_launch_environment
 from megallama.topology.connect import connect
 from tests.mutations.streams import STREAM_MUTATIONS
-from tests.support.builders import engine_of, loader_of
+from tests.support.builders import loader_of
 from tests.support.jobs import overrides
 from tests.support.ranks import run_ranks
 
@@ -58,7 +59,7 @@ def drawn(arguments: list[str], plant: Callable[[], None] | None) -> list[list[s
     torch.nn.functional.dropout = recording  # in a process of its own
     config = load_config(arguments)
     with connect(config.parallel, environment=read_launch_environment()) as topology:
-        engine = engine_of(config, topology)
+        engine = build_run_engine(config, topology)
         loader = loader_of(config, topology)
         for step in range(STEPS):
             steps.append([])

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from megallama.engine.build import build_run_engine
 from megallama.host.launch import read_launch_environment
 from megallama.topology.connect import connect
 from megallama.verification.job import _canonical, _first_gradients, _whole
@@ -16,7 +17,7 @@ from megallama.verification.shrink import shrink
 from megallama.verification.synthetic import with_uneven_mask, write_tokens
 from tests.layouts.matrix import base
 from tests.layouts.plain_llama import loss_sum
-from tests.support.builders import engine_of, loader_of
+from tests.support.builders import loader_of
 from tests.support.ranks import run_ranks
 
 ANGLES = 2e-6
@@ -57,7 +58,7 @@ def small_run(settings, folder):
 def one_step(config):
     """(weights before, batches, result, gradients) of the first step; called in the one rank."""
     with connect(config.parallel, environment=read_launch_environment()) as topology:
-        engine = engine_of(config, topology)
+        engine = build_run_engine(config, topology)
         batches = with_uneven_mask(loader_of(config, topology).batches(0))
         weights = {key: _whole(tensor) for key, tensor in _canonical(engine, "fp32")}
         result = engine.train_step(0, batches)

@@ -30,18 +30,12 @@ SAME = (
 
 def train_and_note(arguments: list[str], notes: Path) -> None:
     """One rank of a run that writes the tokens of each of its steps to `notes`, if it is one that reads them."""
-    from megallama import build_loader
+    from tests.support.builders import loader_of
 
     config = load_config(arguments)
 
     def noting_loader(topology: Topology) -> Loader:
-        loader = build_loader(
-            config.data,
-            topology=topology,
-            train=config.train,
-            evaluation=config.eval,
-            vocab_size=config.model.vocab_size,
-        )
+        loader = loader_of(config, topology)
         read = loader.batches
 
         def batches(step: int) -> Any:

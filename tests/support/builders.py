@@ -24,10 +24,10 @@ def build_stage(config: RunConfig, topology: Topology, *, is_initialized: bool =
     )
 
 
-def engine_of(config: RunConfig, topology: Topology, stage: Stage | None = None) -> Engine:
-    """The engine of a run on this rank."""
+def engine_of(config: RunConfig, topology: Topology, stage: Stage) -> Engine:
+    """The engine of a run on this rank, over a stage that the test holds; `build_run_engine` builds both."""
     return build_engine(
-        stage or build_stage(config, topology),
+        stage,
         topology=topology,
         zero=config.zero,
         precision=config.precision,

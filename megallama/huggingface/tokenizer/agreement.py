@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megallama.host.errors import UserError
 from megallama.huggingface.tokenizer.run_data import prefixes_of_run
-from megallama.tokenizers.interface import PieceKind, Tokenizer
+from megallama.tokenizers.interface import Tokenizer
 from megallama.tokens.token_file import TokenFile
 
 TEXTS = (
@@ -80,11 +80,7 @@ def disagreements(
     def of_transformers(text: str) -> list[int]:
         return list(theirs.encode(text, add_special_tokens=False))
 
-    names = [
-        tokenizer.label(token)
-        for token in range(tokenizer.vocab_size)
-        if tokenizer.kind(token) is PieceKind.special
-    ]
+    names = tokenizer.special_tokens()
     texts = [text for text in (*TEXTS, *sample) if not any(name in text for name in names)]
     differing = [text for text in texts if of_transformers(text) != tokenizer.encode(text)]
     found = []

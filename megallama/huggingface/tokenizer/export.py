@@ -17,7 +17,7 @@ from megallama.tokenizers.files import (
     RANKS_SIDE_FILE,
     copy_tokenizer,
 )
-from megallama.tokenizers.interface import PieceKind, Tokenizer
+from megallama.tokenizers.interface import Tokenizer
 from megallama.tokenizers.load import HuggingFaceTokenizer, load_tokenizer
 from megallama.tokenizers.rank_files import RankTokenizer
 
@@ -140,9 +140,5 @@ def _padding(tokenizer: Tokenizer, config: dict[str, Any]) -> int:
     """The token that the source names, else one with a usual name, else the end token."""
     named = config.get("pad_token")
     named = named.get("content") if isinstance(named, dict) else named
-    special = {
-        tokenizer.label(token): token
-        for token in range(tokenizer.vocab_size)
-        if tokenizer.kind(token) is PieceKind.special
-    }
+    special = tokenizer.special_tokens()
     return next((special[name] for name in (named, *_USUAL_PADDING) if name in special), tokenizer.eod_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megallama.config.load import load_yaml
+from megallama.config.names import RUN_FILE
 from megallama.host.errors import UserError
 from megallama.stream.locate import prefixes_at
 from megallama.tokenizers.begin import begin_token
@@ -14,10 +15,10 @@ from megallama.tokens.manifest import read_manifest
 
 def prefixes_of_run(run: Path) -> list[str]:
     """The prefixes of all token files that the run names; none of an import."""
-    if not (run / "config.yaml").is_file():
+    if not (run / RUN_FILE).is_file():
         return []
     found = []
-    for source in load_yaml(run / "config.yaml").data.all_sources():
+    for source in load_yaml(run / RUN_FILE).data.all_sources():
         try:
             found += prefixes_at(source.path)
         except UserError:

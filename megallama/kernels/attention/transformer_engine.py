@@ -19,14 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megallama.host.built_kernels import refusal, why_not_built
-from megallama.host.errors import UserError
 from megallama.kernels.attention.plan import DocumentStarts, to_device
-
-
-def why_not_transformer_engine() -> str | None:
-    """Why Transformer Engine cannot run here, or None."""
-    return why_not_built("attention", "te") if torch.cuda.is_available() else "there is no CUDA device"
+from megallama.kernels.named import require
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,7 @@ class TransformerEngineAttention:
     _modules: dict[tuple[int, int, int, float], Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if reason := why_not_transformer_engine():
-            raise UserError(refusal("attention", self.backend, reason))
+        require("attention", self.backend)
 
     def __call__(
         self,
